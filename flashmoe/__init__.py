@@ -1,0 +1,75 @@
+"""Run mixture-of-experts models far larger than memory, exactly, from the SSD.
+
+    from flashmoe import FlashMoEModel
+
+    with FlashMoEModel.from_pretrained("path or Hub id", memory="24GB") as model:
+        print(model.generate("What is the capital of the United States?"))
+
+Names are loaded when first used: importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashmoe.engine import FlashMoEModel
+    from flashmoe.errors import (
+        FlashMoEError,
+        MemoryBudgetError,
+        OptionError,
+        PromptError,
+        ReadError,
+        SourceError,
+        StoreError,
+    )
+    from flashmoe.generation.session import Piece, Sampling, Session
+    from flashmoe.repacking.execute import repack
+    from flashmoe.store.inspect import StoreSummary, inspect
+    from flashmoe.store.verify import VerifyReport, verify
+    from flashmoe.streaming.telemetry import Stats
+
+__all__ = [
+    "FlashMoEError",
+    "FlashMoEModel",
+    "MemoryBudgetError",
+    "OptionError",
+    "Piece",
+    "PromptError",
+    "ReadError",
+    "Sampling",
+    "Session",
+    "SourceError",
+    "Stats",
+    "StoreError",
+    "StoreSummary",
+    "VerifyReport",
+    "inspect",
+    "repack",
+    "verify",
+]
+
+_HOMES = {
+    "FlashMoEModel": "engine",
+    "Piece": "generation.session",
+    "Sampling": "generation.session",
+    "Session": "generation.session",
+    "Stats": "streaming.telemetry",
+    "StoreSummary": "store.inspect",
+    "VerifyReport": "store.verify",
+    "inspect": "store.inspect",
+    "repack": "repacking.execute",
+    "verify": "store.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("flashmoe")
+    if name not in __all__:
+        raise AttributeError(f"module 'flashmoe' has no attribute {name!r}")
+    module = importlib.import_module(f"flashmoe.{_HOMES.get(name, 'errors')}")
+    return getattr(module, name)

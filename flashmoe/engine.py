@@ -1,0 +1,321 @@
+"""The one place that wires everything together; the public Python API.
+
+Knows where models are found and which parts make a running one; every rule about bytes,
+slots, kernels or tokens lives further down.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+from flashmoe import machine
+from flashmoe.checkpoint.architecture import probe_routing
+from flashmoe.checkpoint.caches import cache_bytes
+from flashmoe.checkpoint.config import read_config
+from flashmoe.checkpoint.source import Checkpoint, resolve
+from flashmoe.demo import DEMO_FOLDER
+from flashmoe.errors import FlashMoEError, OptionError, SourceError
+from flashmoe.generation.prompt import Prompt
+from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
+from flashmoe.io.threads import ThreadReader
+from flashmoe.kernels.select import select_kernel
+from flashmoe.model.load import build_skeleton, load_resident, stream_experts
+from flashmoe.repacking.execute import Progress, repack
+from flashmoe.store.reader import Store, is_store, open_store
+from flashmoe.streaming import budget
+from flashmoe.streaming.telemetry import Stats
+from flashmoe.units import parse_size
+
+DEFAULT_CONTEXT = 4096
+PREFILL_CHUNK = 256
+# Of the memory that is free when no number is given.
+DEFAULT_MEMORY_SHARE = 0.75
+CACHE_FOLDER = Path("~/.cache/flashmoe")
+
+
+class FlashMoEModel:
+    """A mixture-of-experts model whose routed experts are read from disk as they are needed.
+
+    Attributes: `model` the mlx-lm module (`model.model(tokens[None])` gives logits), `tokenizer`
+    mlx-lm's wrapper, `store` the open store, `memory_plan` where each byte goes.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        memory: str | int | None = None,
+        cache: str | int | None = None,
+        kernel: str = "auto",
+        context: int | None = None,
+        dtype: str = "auto",
+    ) -> None:
+        """Load an open store; see `from_pretrained` for the options."""
+        chosen_kernel = select_kernel(kernel)
+        widen = _widen(dtype)
+        config = read_config(store.path)
+        tokenizer = _load_tokenizer(store.path, config.get("eos_token_id"))
+        skeleton = build_skeleton(store, config)
+        context = _context(config, context)
+        layouts = [layer.layout for layer in store.manifest.layers]
+        demands = budget.layer_demands(layouts, widen)
+        bank_bytes = _bank_bytes(cache, demands)
+        total_bytes = parse_size(memory) if memory is not None else None
+        if total_bytes is None and bank_bytes is None:
+            total_bytes = machine.resident_set_bytes() + int(
+                machine.usable_memory_bytes() * DEFAULT_MEMORY_SHARE
+            )
+        probed = probe_routing(config)
+        self.memory_plan = budget.plan_memory(
+            total_bytes=total_bytes,
+            bank_bytes=bank_bytes,
+            process_bytes=machine.resident_set_bytes() + budget.SLACK_BYTES,
+            resident_bytes=budget.resident_bytes(store.manifest, widen),
+            kv_bytes=cache_bytes(probed.caches, context),
+            scratch_bytes=budget.all_staging_bytes(layouts, widen)
+            + budget.scratch_bytes(
+                chunk=min(PREFILL_CHUNK, context),
+                context=context,
+                width=probed.width,
+                heads=_largest(config, "num_attention_heads"),
+                vocabulary=_largest(config, "vocab_size"),
+                top_k=max(layout.top_k for layout in layouts),
+                materialized_scores=mx.default_device() == mx.cpu,
+            ),
+            demands=demands,
+        )
+        mx.set_cache_limit(budget.CACHE_LIMIT_BYTES)
+        load_resident(skeleton, store, widen)
+        self.store = store
+        self.tokenizer = tokenizer
+        self.context = context
+        self._stats = Stats()
+        self._reader: ThreadReader | None = ThreadReader()
+        streaming = stream_experts(
+            skeleton,
+            store,
+            slots=self.memory_plan.slots,
+            reader=self._reader,
+            kernel=chosen_kernel,
+            stats=self._stats,
+            widen=widen,
+        )
+        self._banks = streaming.banks
+        self._module: nn.Module | None = streaming.module
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path | None = None,
+        *,
+        memory: str | int | None = None,
+        cache: str | int | None = None,
+        kernel: str = "auto",
+        context: int | None = None,
+        dtype: str = "auto",
+        bits: int | None = None,
+        group_size: int | None = None,
+        resident_bits: int | None = None,
+        revision: str | None = None,
+        progress: Progress | None = None,
+    ) -> FlashMoEModel:
+        """Load a store, a checkpoint folder or a Hub id; None means the bundled demo model.
+
+        Checkpoints are repacked on first use into ~/.cache/flashmoe (`bits`, `group_size`,
+        `resident_bits`, `revision` and `progress` as in `flashmoe.repack`).
+
+        memory: one number for the whole process ("24GB", or bytes); by default three quarters
+            of what the machine has free. cache: the bank alone, "min" being one token's needs.
+        kernel: "auto" or "reference". context: most tokens of prompt and answer together
+            (default 4096, or the model's own limit where that is lower).
+        dtype: "float32" widens 16-bit floats when they are loaded, "stored" keeps them;
+            "auto" widens on CPUs, where MLX is several times faster in float32.
+
+        Raises SourceError, StoreError, OptionError, or MemoryBudgetError naming the least that
+        would fit.
+        """
+        store = open_model(
+            path_or_id,
+            bits=bits,
+            group_size=group_size,
+            resident_bits=resident_bits,
+            revision=revision,
+            progress=progress,
+        )
+        return cls(
+            store, memory=memory, cache=cache, kernel=kernel, context=context, dtype=dtype
+        )
+
+    @property
+    def model(self) -> nn.Module:
+        """The mlx-lm module; raises FlashMoEError after `close`."""
+        if self._module is None:
+            raise FlashMoEError("the model is closed; load it again with from_pretrained")
+        return self._module
+
+    @property
+    def bank_bytes(self) -> int:
+        """Memory of all slots."""
+        return self.memory_plan.bank_bytes
+
+    def session(self) -> Session:
+        """A conversation that keeps its KV cache between turns."""
+        return Session(
+            self.model, self.tokenizer, self._stats, context=self.context, chunk=PREFILL_CHUNK
+        )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = DEFAULT_MAX_TOKENS,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+        system: str | None = None,
+        template: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Piece]:
+        """Generate piece by piece: `for piece in model.stream("..."): print(piece.text)`.
+
+        `prompt` is a text (a user message when the model has a chat template and `template` is
+        true), a list of token ids or a list of chat messages. Temperature 0 is greedy.
+        """
+        return self.session().stream(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_p, top_k, min_p, seed),
+            system=system,
+            template=template,
+            progress=progress,
+        )
+
+    def generate(
+        self, prompt: Prompt, max_new_tokens: int = DEFAULT_MAX_TOKENS, **options: Any
+    ) -> str:
+        """The whole answer as text; options as in `stream`."""
+        return "".join(piece.text for piece in self.stream(prompt, max_new_tokens, **options))
+
+    def stats(self) -> Stats:
+        """A copy of the totals since the model was loaded."""
+        return self._stats.copy()
+
+    def check_integrity(self) -> None:
+        """Raise FlashMoEError when a bank's bookkeeping contradicts itself."""
+        for bank in self._banks:
+            bank.check_integrity()
+
+    def close(self) -> None:
+        """Give back files, threads and memory; closing twice is fine."""
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
+        self._module = None
+        self._banks = ()
+
+    def __enter__(self) -> FlashMoEModel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_model(
+    path_or_id: str | Path | None = None,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    resident_bits: int | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Store:
+    """The store of a model, repacked into the cache folder when it is a checkpoint.
+
+    Raises OptionError when a precision is asked of something that is already a store.
+    """
+    precision = {"bits": bits, "group_size": group_size, "resident_bits": resident_bits}
+    source = DEMO_FOLDER if path_or_id is None else path_or_id
+    folder = Path(source).expanduser()
+    if is_store(folder):
+        if any(value is not None for value in precision.values()):
+            raise OptionError(f"{folder} is a store: its bits are fixed; repack the checkpoint")
+        return open_store(folder)
+    checkpoint = resolve(source, revision)
+    cached = cache_path(checkpoint, precision)
+    if is_store(cached):
+        return open_store(cached)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    return repack(
+        checkpoint.folder if checkpoint.revision is None else source,
+        cached,
+        revision=checkpoint.revision,
+        progress=progress,
+        **precision,
+    )
+
+
+def cache_path(checkpoint: Checkpoint, precision: dict[str, int | None]) -> Path:
+    """Where a checkpoint's store is kept: a readable name and a digest of what it was made from."""
+    files = [*checkpoint.weight_files, *checkpoint.copied_files]
+    identity = [
+        str(checkpoint.folder.resolve()),
+        [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+        precision,
+    ]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+    name = checkpoint.repo.replace("/", "--")
+    return CACHE_FOLDER.expanduser() / f"{name}-{digest}.flashmoe"
+
+
+def _load_tokenizer(folder: Path, eos_token_ids: Any) -> Any:
+    try:
+        return load_tokenizer(folder, eos_token_ids=eos_token_ids)
+    except Exception as error:  # tokenizer classes raise what they like
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SourceError(f"{folder} has no tokenizer that can be loaded: {line}") from error
+
+
+def _widen(dtype: str) -> bool:
+    if dtype not in ("auto", "float32", "stored"):
+        raise OptionError(f"dtype must be auto, float32 or stored, not {dtype!r}")
+    return dtype == "float32" or (dtype == "auto" and mx.default_device() == mx.cpu)
+
+
+def _context(config: dict[str, Any], context: int | None) -> int:
+    most = _largest(config, "max_position_embeddings")
+    if context is None:
+        return min(DEFAULT_CONTEXT, most) if most else DEFAULT_CONTEXT
+    if context < 1:
+        raise OptionError(f"context must be at least 1 token, not {context}")
+    if most and context > most:
+        raise OptionError(f"context {context} exceeds the {most} tokens the model was made for")
+    return context
+
+
+def _largest(config: dict[str, Any], key: str) -> int:
+    """The largest value of a whole-number key over the config and its nested configs."""
+    levels = [config, *(value for value in config.values() if isinstance(value, dict))]
+    values = [level.get(key) for level in levels]
+    return max((value for value in values if isinstance(value, int)), default=0)
+
+
+def _bank_bytes(cache: str | int | None, demands: list[budget.LayerDemand]) -> int | None:
+    if cache is None:
+        return None
+    return budget.least_bank_bytes(demands) if cache == "min" else parse_size(cache)

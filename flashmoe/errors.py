@@ -1,0 +1,54 @@
+"""Every error this package raises on purpose.
+
+FlashMoEError
+├── SourceError         a checkpoint cannot be found, read or understood
+├── StoreError          a store is missing, incomplete, damaged or of another version
+├── ReadError           bytes of an open file could not be read (carries path, offset, errno)
+├── MemoryBudgetError   what was asked for does not fit (carries the least that would)
+├── PromptError         a prompt cannot be encoded or does not fit the context
+└── OptionError         an argument is out of range or contradicts another one
+"""
+
+from __future__ import annotations
+
+
+class FlashMoEError(Exception):
+    """Root of the tree; its text is one sentence meant for the user."""
+
+
+class SourceError(FlashMoEError):
+    """A checkpoint cannot be found, read or understood."""
+
+
+class StoreError(FlashMoEError):
+    """A store is missing, incomplete, damaged or written by another version."""
+
+
+class ReadError(FlashMoEError):
+    """Bytes of an open file could not be read.
+
+    Attributes: `path` (str), `offset` (bytes from the start of the file),
+    `errno` (int, or None when the file simply ended).
+    """
+
+    def __init__(self, path: str, offset: int, reason: str, errno: int | None = None) -> None:
+        super().__init__(f"cannot read {path} at offset {offset}: {reason}")
+        self.path = path
+        self.offset = offset
+        self.errno = errno
+
+
+class MemoryBudgetError(FlashMoEError):
+    """What was asked for does not fit; `least_bytes` is the smallest number that would."""
+
+    def __init__(self, message: str, least_bytes: int) -> None:
+        super().__init__(message)
+        self.least_bytes = least_bytes
+
+
+class PromptError(FlashMoEError):
+    """A prompt cannot be encoded or does not fit the context."""
+
+
+class OptionError(FlashMoEError):
+    """An argument is out of range or contradicts another one."""

@@ -1,0 +1,1 @@
+"""Tokens out: prompts, the step loop, sessions. Knows no files."""

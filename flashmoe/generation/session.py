@@ -1,0 +1,138 @@
+"""A conversation: text pieces out, caches kept between turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.sample_utils import make_sampler
+
+from flashmoe.errors import OptionError, PromptError
+from flashmoe.generation.prompt import Prompt, encode_prompt
+from flashmoe.generation.steps import Progress, TokenState, generate_tokens
+from flashmoe.streaming.telemetry import Stats
+
+DEFAULT_MAX_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; temperature 0 takes the likeliest.
+
+    `top_p`, `top_k` and `min_p` restrict the choice (1, 0 and 0 do not); `seed` makes it
+    repeatable.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise OptionError(f"temperature must not be negative, but is {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise OptionError(f"top-p must be above 0 and at most 1, but is {self.top_p}")
+        if self.top_k < 0:
+            raise OptionError(f"top-k must not be negative, but is {self.top_k}")
+        if not 0 <= self.min_p <= 1:
+            raise OptionError(f"min-p must be from 0 to 1, but is {self.min_p}")
+
+    def sampler(self, vocabulary: int) -> Callable[[mx.array], mx.array]:
+        """mlx-lm's sampler over log-probabilities [1, vocabulary]."""
+        top_k = self.top_k if self.top_k < vocabulary else 0
+        made = make_sampler(self.temperature, self.top_p, self.min_p, top_k=top_k)
+        return made  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One generated token and the text that became printable with it.
+
+    `finish_reason` is None until the last piece: "stop" (end of turn), "length" (max_tokens or
+    the context is full) or "interrupt". The last piece may carry no new token (`token` None).
+    """
+
+    text: str
+    token: int | None = None
+    finish_reason: str | None = None
+
+
+class Session:
+    """Generates with one model, feeding only what earlier turns have not already fed."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, stats: Stats, *, context: int, chunk: int
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stats = stats
+        self._context = context
+        self._state = TokenState(model, stats, chunk)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = DEFAULT_MAX_TOKENS,
+        sampling: Sampling | None = None,
+        system: str | None = None,
+        template: bool = True,
+        progress: Progress | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Piece]:
+        """Answer a prompt (text, ids or messages) piece by piece.
+
+        `progress(done, total)` counts prompt tokens; `should_stop` is asked between tokens and
+        prompt chunks. Raises PromptError when the prompt does not fit the context.
+        """
+        if max_new_tokens < 1:
+            raise OptionError(f"the number of new tokens must be at least 1, not {max_new_tokens}")
+        ids = encode_prompt(self._tokenizer, prompt, system=system, template=template)
+        if len(ids) > self._context:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens but the context holds {self._context}; "
+                "shorten it or ask for a larger --context"
+            )
+        sampling = sampling or Sampling()
+        if sampling.seed is not None:
+            mx.random.seed(sampling.seed)
+        return self._pieces(ids, max_new_tokens, sampling, progress, should_stop)
+
+    def _pieces(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        progress: Progress | None,
+        should_stop: Callable[[], bool],
+    ) -> Iterator[Piece]:
+        stop_ids = set(self._tokenizer.eos_token_ids)
+        detokenizer = self._tokenizer.detokenizer
+        # The last token is sampled but never fed, so it needs no place in the context.
+        budget = min(max_new_tokens, self._context - len(ids) + 1)
+        count = 0
+        reason = "interrupt"
+        for token in generate_tokens(
+            self._state,
+            ids,
+            sampler=sampling.sampler(len(self._tokenizer)),
+            max_tokens=budget,
+            stop_ids=stop_ids,
+            stats=self._stats,
+            progress=progress,
+            should_stop=should_stop,
+        ):
+            count += 1
+            if token in stop_ids:
+                reason = "stop"
+                break
+            detokenizer.add_token(token)
+            yield Piece(detokenizer.last_segment, token)
+        if reason != "stop" and count == budget:
+            reason = "length"
+        detokenizer.finalize()
+        yield Piece(detokenizer.last_segment, None, reason)

@@ -1,0 +1,127 @@
+"""The step loop: feed tokens, sample one, stop without computing one that nobody will see."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+
+from flashmoe.streaming.telemetry import Stats
+
+Sampler = Callable[[mx.array], mx.array]
+Progress = Callable[[int, int], None]
+
+
+class TokenState:
+    """A model's KV and state caches, and exactly which token ids they have consumed.
+
+    A forward pass that is cut short leaves the caches of some layers ahead of others; the state
+    notices and starts anew the next time it is used.
+    """
+
+    def __init__(self, model: nn.Module, stats: Stats, chunk: int) -> None:
+        self.ids: list[int] = []
+        self._model = model
+        self._stats = stats
+        self._chunk = chunk
+        self._cache: list[Any] = make_prompt_cache(model)
+        self._torn = False
+
+    def rewind_to_prefix_of(self, ids: Sequence[int]) -> int:
+        """Forget what is no prefix of `ids` (keeping at least its last token unfed); returns
+        how many leading ids need not be fed again."""
+        keep = 0
+        for have, want in zip(self.ids, ids[:-1], strict=False):
+            if have != want:
+                break
+            keep += 1
+        surplus = len(self.ids) - keep
+        if self._torn or (surplus and not self._trim(surplus)):
+            self._cache = make_prompt_cache(self._model)
+            self.ids.clear()
+            self._torn = False
+            return 0
+        del self.ids[keep:]
+        return keep
+
+    def feed(
+        self,
+        ids: Sequence[int],
+        progress: Progress | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> mx.array | None:
+        """Consume ids in chunks; returns the logits [vocabulary] after the last one, or None
+        when `should_stop` turned true between chunks."""
+        body, last = ids[:-1], ids[-1:]
+        for first in range(0, len(body), self._chunk):
+            if progress is not None:
+                progress(first, len(ids))
+            if should_stop():
+                return None
+            self._forward(body[first : first + self._chunk], logits=False)
+        logits = self._forward(last, logits=True)
+        if progress is not None:
+            progress(len(ids), len(ids))
+        return logits
+
+    def _forward(self, ids: Sequence[int], *, logits: bool) -> mx.array:
+        self._torn = True
+        out = self._model(mx.array([ids], mx.int32), cache=self._cache)[0, -1]
+        started = time.perf_counter()
+        # Before the last token only the caches matter: the LM head is never computed.
+        state = [layer.state for layer in self._cache]
+        mx.eval(state, out) if logits else mx.eval(state)
+        self._stats.seconds.computing += time.perf_counter() - started
+        self.ids.extend(ids)
+        self._torn = False
+        return out
+
+    def _trim(self, count: int) -> bool:
+        if not can_trim_prompt_cache(self._cache):
+            return False
+        return bool(trim_prompt_cache(self._cache, count) == count)
+
+
+def generate_tokens(
+    state: TokenState,
+    ids: Sequence[int],
+    *,
+    sampler: Sampler,
+    max_tokens: int,
+    stop_ids: set[int],
+    stats: Stats,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[int]:
+    """Continue `ids`, yielding at most `max_tokens` token ids, a stop id being the last.
+
+    What `state` has already consumed of `ids` is not fed again.
+    """
+    started = time.perf_counter()
+    ids = ids[state.rewind_to_prefix_of(ids) :]
+    logits = state.feed(ids, progress, should_stop)
+    stats.prompt_tokens += len(ids)
+    stats.seconds.prefill += time.perf_counter() - started
+    for count in range(1, max_tokens + 1):
+        if logits is None or should_stop():
+            return
+        started = time.perf_counter()
+        token = _sample(logits, sampler)
+        stats.tokens += 1
+        stats.seconds.decode += time.perf_counter() - started
+        yield token
+        if token in stop_ids or count == max_tokens or should_stop():
+            return
+        started = time.perf_counter()
+        logits = state.feed([token])
+        stats.seconds.decode += time.perf_counter() - started
+
+
+def _sample(logits: mx.array, sampler: Sampler) -> int:
+    logits = logits.astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits)
+    return int(sampler(logprobs[None]).item())

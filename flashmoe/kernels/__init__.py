@@ -1,0 +1,4 @@
+"""One function, several implementations: routed experts over a bank.
+
+Only this package knows how weights are packed.
+"""

@@ -1,0 +1,1 @@
+"""mlx-lm models with their routed experts replaced by streamed ones."""

@@ -1,0 +1,111 @@
+"""From an open store to an mlx-lm model whose routed experts stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from flashmoe.checkpoint.architecture import (
+    build_resident,
+    expert_modules,
+    extra_children,
+    kind_of,
+    replace_modules,
+)
+from flashmoe.checkpoint.config import Config
+from flashmoe.errors import StoreError
+from flashmoe.io.reader import Reader
+from flashmoe.kernels.contract import ExpertKernel, ExpertSpec, ProjectionPacking
+from flashmoe.store.layout import LayerLayout
+from flashmoe.store.reader import Store
+from flashmoe.streaming.bank import LayerBank
+from flashmoe.streaming.experts import StreamedExperts
+from flashmoe.streaming.telemetry import Stats
+
+
+@dataclass(frozen=True)
+class StreamingModel:
+    """The mlx-lm module and the banks behind it, in layer order."""
+
+    module: nn.Module
+    banks: tuple[LayerBank, ...]
+
+
+def build_skeleton(store: Store, config: Config) -> nn.Module:
+    """The store's model without any weights, its expert modules still mlx-lm's.
+
+    Raises StoreError when the model's expert modules are not the store's layers.
+    """
+    model = build_resident(config, store.manifest.quantization)
+    found = {path: kind_of(module) for path, module in expert_modules(model).items()}
+    stored = {layer.layout.path: layer.layout.kind for layer in store.manifest.layers}
+    if found != stored:
+        odd = sorted(found.items() ^ stored.items())[0][0]
+        raise StoreError(
+            f"{store.path}: the layer {odd} of the store and of mlx-lm's "
+            f"{store.manifest.model_type} differ; repack the model"
+        )
+    return model
+
+
+def load_resident(model: nn.Module, store: Store, widen: bool) -> None:
+    """Read the resident weights into `model`, 16-bit floats widened to float32 on request.
+
+    One tensor at a time, so the peak is the weights plus one tensor. Raises StoreError when
+    the store's tensors are not the model's.
+    """
+    weights: list[tuple[str, mx.array]] = []
+    for shard in store.manifest.resident:
+        lazy: Any = mx.load(str(store.file(shard.file)))
+        for tensor in shard.tensors:
+            array = lazy.pop(tensor.name)
+            if widen and array.dtype in (mx.bfloat16, mx.float16):
+                array = array.astype(mx.float32)
+            try:
+                mx.eval(array)
+            except RuntimeError as error:
+                raise StoreError(f"{store.file(shard.file)} cannot be read: {error}") from error
+            weights.append((tensor.name, array))
+    try:
+        model.load_weights(weights, strict=True)
+    except ValueError as error:
+        line = str(error).strip().splitlines()[0]
+        raise StoreError(f"{store.path} does not hold this model's tensors: {line}") from error
+    model.eval()
+
+
+def stream_experts(
+    model: nn.Module,
+    store: Store,
+    *,
+    slots: Sequence[int],
+    reader: Reader,
+    kernel: ExpertKernel,
+    stats: Stats,
+    widen: bool,
+) -> StreamingModel:
+    """Replace every routed-expert module of `model` with one over a bank of its own."""
+    modules = expert_modules(model)
+    banks = []
+    streamed: dict[str, nn.Module] = {}
+    for layer, n_slots in zip(store.manifest.layers, slots, strict=True):
+        layout = layer.layout
+        module = modules[layout.path]
+        bank = LayerBank(store, layout, reader, stats, n_slots=n_slots, widen=widen)
+        spec = _spec(layout, module)
+        streamed[layout.path] = StreamedExperts(bank, kernel, spec, stats, extra_children(module))
+        banks.append(bank)
+    replace_modules(model, streamed)
+    return StreamingModel(model, tuple(banks))
+
+
+def _spec(layout: LayerLayout, module: nn.Module) -> ExpertSpec:
+    packing = {
+        name: ProjectionPacking(q.bits, q.group_size, q.mode)
+        for name, q in layout.projections.items()
+    }
+    return ExpertSpec(layout.kind, module.activation, packing)

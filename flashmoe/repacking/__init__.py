@@ -1,0 +1,1 @@
+"""Offline: a checkpoint becomes a store. Plan first (pure), then execute in bounded memory."""

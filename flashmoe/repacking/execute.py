@@ -1,0 +1,186 @@
+"""Carrying out a repack plan, one projection of one layer in memory at a time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
+
+from flashmoe.checkpoint.architecture import build_model, model_classes, probe_routing
+from flashmoe.checkpoint.config import Config, read_config
+from flashmoe.checkpoint.source import Checkpoint, check_files, hub_digest, resolve
+from flashmoe.checkpoint.weights import adapting
+from flashmoe.dtypes import array_bytes
+from flashmoe.errors import OptionError, SourceError, StoreError
+from flashmoe.repacking.plan import RepackPlan, plan_repack
+from flashmoe.repacking.quantize import Precision, quantize_lazily
+from flashmoe.store.layout import LayerLayout
+from flashmoe.store.manifest import LayerFile, Manifest, Source
+from flashmoe.store.reader import Store, open_store
+from flashmoe.store.writer import StoreWriter, sha256_file
+
+Progress = Callable[[int, int], None]
+Arrays = dict[str, mx.array]
+
+
+def repack(
+    source: str | Path,
+    dest: str | Path | None = None,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    resident_bits: int | None = None,
+    revision: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Store:
+    """Turn a checkpoint (folder or Hub id) into a store at `dest` (default NAME.flashmoe).
+
+    A quantized MLX checkpoint is repacked bit for bit and takes no `bits`. A float one is
+    quantized with `mx.quantize`: `bits` 2, 3, 4, 5, 6 or 8 (default 4) in groups of
+    `group_size` 32, 64 or 128 (default 64), `resident_bits` (default `bits`) for everything but
+    the experts; 32 keeps floats as they are, 16 rounds float32 to bfloat16.
+    `progress(done_bytes, total_bytes)` is called as tensors are written.
+
+    Raises SourceError, StoreError or OptionError; whatever happens, `dest` looks complete only
+    once it is.
+    """
+    asked = not (bits is group_size is resident_bits is None)
+    precision = Precision.from_options(bits, group_size, resident_bits)
+    checkpoint = resolve(source, revision)
+    folder = Path(dest) if dest is not None else Path(f"{checkpoint.repo.split('/')[-1]}.flashmoe")
+    check_files(checkpoint)
+    model, config = load_lazily(checkpoint)
+    routing = probe_routing(config)
+    if _is_quantized(model):
+        if asked:
+            raise OptionError(
+                f"{source} is already quantized and is repacked bit for bit; "
+                "leave out bits, group size and resident bits"
+            )
+    else:
+        quantize_lazily(model, precision)
+    plan = plan_repack(model, config, routing)
+    arrays = dict(tree_flatten(model.parameters()))
+    del model
+    with StoreWriter(folder, force=force) as writer, ThreadPoolExecutor(1) as hasher:
+        _check_free_disk(folder, plan)
+        digests = hasher.submit(_source_digests, checkpoint)
+        try:
+            resident, layers = _write(plan, arrays, writer, progress)
+        except RuntimeError as error:  # what MLX raises when a weight file cannot be read
+            raise SourceError(f"{source} cannot be read: {error}") from error
+        copied = {path.name: writer.copy(path) for path in checkpoint.copied_files}
+        writer.commit(
+            Manifest(
+                model_type=plan.model_type,
+                parameters=plan.parameters,
+                source=Source(checkpoint.repo, checkpoint.revision, digests.result()),
+                quantization=plan.quantization,
+                resident=resident,
+                layers=layers,
+                copied=copied,
+            )
+        )
+    return open_store(folder)
+
+
+def load_lazily(checkpoint: Checkpoint) -> tuple[nn.Module, Config]:
+    """The checkpoint's mlx-lm model with weights that are read only when evaluated.
+
+    Raises SourceError when the config or the tensors are not what the family expects.
+    """
+    _, config = build_model(read_config(checkpoint.folder))
+    packing = config.get("quantization_config") or {}
+    if config.get("quantize_activations") or packing.get("quant_method") == "bitnet":
+        raise SourceError(
+            f"{checkpoint.repo} quantizes activations, which streamed experts do not support"
+        )
+    model_class, args_class = model_classes(config)
+    try:
+        return load_model(
+            checkpoint.folder,
+            lazy=True,
+            model_config=config,
+            get_model_classes=lambda config: (adapting(model_class), args_class),
+        )
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise SourceError(
+            f"{checkpoint.repo} is not a {config['model_type']} checkpoint that mlx-lm can "
+            f"load: {lines[0][:300]}"
+        ) from error
+
+
+def _write(
+    plan: RepackPlan, arrays: Arrays, writer: StoreWriter, progress: Progress | None
+) -> tuple[Any, tuple[LayerFile, ...]]:
+    done = 0
+
+    def advance(size_bytes: int) -> None:
+        nonlocal done
+        done += size_bytes
+        if progress is not None:
+            progress(done, plan.total_bytes)
+
+    advance(0)
+    resident = []
+    for shard in plan.resident:
+        names = [tensor.name for tensor in shard.tensors]
+        contents = _evaluated(arrays, names, advance)
+        resident.append(writer.write_resident(shard.file, shard.tensors, contents))
+    layers = tuple(_write_layer(layer, arrays, writer, advance) for layer in plan.layers)
+    return tuple(resident), layers
+
+
+def _evaluated(
+    arrays: Arrays, names: list[str], advance: Callable[[int], None]
+) -> Iterator[memoryview]:
+    """The bytes of each array in turn; an array is dropped before the next is evaluated."""
+    for name in names:
+        content = array_bytes(arrays.pop(name))
+        yield content
+        advance(len(content))
+        del content
+
+
+def _write_layer(
+    layer: LayerLayout, arrays: Arrays, writer: StoreWriter, advance: Callable[[int], None]
+) -> LayerFile:
+    out = writer.layer(layer)
+    projections = dict.fromkeys(component.projection for component in layer.record.components)
+    for projection in projections:
+        components = [c for c in layer.record.components if c.projection == projection]
+        # Together, because a quantized weight, its scales and its biases are one operation.
+        parts = [arrays.pop(f"{layer.path}.{component.name}") for component in components]
+        mx.eval(parts)
+        while parts:
+            content = array_bytes(parts.pop(0))
+            out.write(components.pop(0), content)
+            advance(len(content))
+    return out.finish()
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return any("scales" in module for _, module in model.named_modules())
+
+
+def _source_digests(checkpoint: Checkpoint) -> dict[str, str]:
+    files = [*checkpoint.weight_files, *checkpoint.copied_files]
+    return {path.name: hub_digest(path) or sha256_file(path) for path in files}
+
+
+def _check_free_disk(folder: Path, plan: RepackPlan) -> None:
+    free = shutil.disk_usage(folder).free
+    if plan.file_bytes > free:
+        raise StoreError(
+            f"{folder} needs {plan.file_bytes / 1e9:.1f} GB but its disk has "
+            f"{free / 1e9:.1f} GB free; free some or choose another destination"
+        )

@@ -1,0 +1,176 @@
+"""Who gets how many bytes: one number in, slots per layer out. Pure arithmetic.
+
+Out of the user's number come, in this order, the process itself, the resident weights, the KV
+cache at the requested context and scratch; the bank takes the rest, and never less than one
+token's needs, below which an LRU hits nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flashmoe.errors import MemoryBudgetError
+from flashmoe.store.layout import DTYPE_BYTES, LayerLayout
+from flashmoe.store.manifest import Manifest
+from flashmoe.streaming.slots import slot_bytes, staging_bytes
+from flashmoe.units import format_size
+
+# The allocator's slack and what libraries allocate after start-up.
+SLACK_BYTES = 64 * 10**6
+# MLX keeps freed buffers for reuse up to this much (on Metal; its CPU allocator keeps none).
+CACHE_LIMIT_BYTES = 256 * 10**6
+
+
+@dataclass(frozen=True)
+class LayerDemand:
+    """What a layer's bank may be made of: slots of `slot_bytes`, from `least` to `most`."""
+
+    slot_bytes: int
+    least: int
+    most: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where every byte goes; `total_bytes` is None when only the bank's size was given."""
+
+    total_bytes: int | None
+    process_bytes: int
+    resident_bytes: int
+    kv_bytes: int
+    scratch_bytes: int
+    slots: tuple[int, ...]
+    bank_bytes: int
+    least_bank_bytes: int
+
+    @property
+    def planned_bytes(self) -> int:
+        return (
+            self.process_bytes
+            + self.resident_bytes
+            + self.kv_bytes
+            + self.scratch_bytes
+            + self.bank_bytes
+        )
+
+
+def layer_demands(layers: Sequence[LayerLayout], widen: bool) -> list[LayerDemand]:
+    """The slots each layer needs for one token and can use at most."""
+    return [
+        LayerDemand(slot_bytes(layer.record, widen), layer.top_k, layer.n_experts)
+        for layer in layers
+    ]
+
+
+def resident_bytes(manifest: Manifest, widen: bool) -> int:
+    """Memory of the resident weights, 16-bit floats counted as float32 when widened."""
+    total = 0
+    for shard in manifest.resident:
+        for tensor in shard.tensors:
+            doubled = widen and tensor.dtype in ("F16", "BF16")
+            total += tensor.nbytes * (2 if doubled else 1)
+    return total
+
+
+def all_staging_bytes(layers: Sequence[LayerLayout], widen: bool) -> int:
+    """Memory of all layers' staging buffers."""
+    return sum(layer.top_k * staging_bytes(layer.record, widen) for layer in layers)
+
+
+def scratch_bytes(
+    *,
+    chunk: int,
+    context: int,
+    width: int,
+    heads: int,
+    vocabulary: int,
+    top_k: int,
+    materialized_scores: bool,
+) -> int:
+    """An upper estimate of what evaluating one prompt chunk needs beside weights and caches.
+
+    Expert outputs [chunk, top_k, width] float32 exist about six times at once (parts, their
+    concatenation, the reordered and the weighted copy, and their inputs), other activations
+    [chunk, width] about 24 times; attention scores [heads, chunk, context] three times where
+    attention is not fused; logits of one token four times while sampling.
+    """
+    activations = 4 * chunk * width * (6 * top_k + 24)
+    scores = 12 * heads * chunk * context if materialized_scores else 0
+    return activations + scores + 16 * vocabulary
+
+
+def share_slots(demands: Sequence[LayerDemand], bank_bytes: int) -> tuple[int, ...]:
+    """Slots per layer within `bank_bytes`: equal counts, the remainder to the first layers.
+
+    Raises MemoryBudgetError when the bytes do not cover one token's needs.
+    """
+    least = least_bank_bytes(demands)
+    if bank_bytes < least:
+        raise MemoryBudgetError(
+            f"a bank of {format_size(bank_bytes)} is below one token's needs; "
+            f"the least that works is {_ceil_size(least)}",
+            least,
+        )
+    slots = [demand.least for demand in demands]
+    left = bank_bytes - least
+    while True:
+        open_layers = [i for i, demand in enumerate(demands) if slots[i] < demand.most]
+        # The layers that have fewest come first, so that counts even out.
+        open_layers.sort(key=lambda i: (slots[i], i))
+        grown = False
+        for i in open_layers:
+            if demands[i].slot_bytes <= left:
+                slots[i] += 1
+                left -= demands[i].slot_bytes
+                grown = True
+        if not grown:
+            return tuple(slots)
+
+
+def least_bank_bytes(demands: Sequence[LayerDemand]) -> int:
+    """One token's needs over all layers."""
+    return sum(demand.least * demand.slot_bytes for demand in demands)
+
+
+def plan_memory(
+    *,
+    total_bytes: int | None,
+    bank_bytes: int | None,
+    process_bytes: int,
+    resident_bytes: int,
+    kv_bytes: int,
+    scratch_bytes: int,
+    demands: Sequence[LayerDemand],
+) -> MemoryPlan:
+    """Share `total_bytes` out; `bank_bytes` fixes the bank instead of giving it the rest.
+
+    Raises MemoryBudgetError, naming the least that would fit, when something does not.
+    """
+    least = least_bank_bytes(demands)
+    if bank_bytes is not None:
+        slots = share_slots(demands, bank_bytes)
+    elif total_bytes is None:
+        slots = tuple(demand.most for demand in demands)
+    else:
+        rest = total_bytes - process_bytes - resident_bytes - kv_bytes - scratch_bytes
+        slots = share_slots(demands, rest) if rest >= least else tuple(d.least for d in demands)
+    used = sum(n * demand.slot_bytes for n, demand in zip(slots, demands, strict=True))
+    plan = MemoryPlan(
+        total_bytes, process_bytes, resident_bytes, kv_bytes, scratch_bytes, slots, used, least
+    )
+    if total_bytes is not None and plan.planned_bytes > total_bytes:
+        raise MemoryBudgetError(
+            f"{format_size(total_bytes)} of memory is not enough: process "
+            f"{format_size(process_bytes)} + resident weights {format_size(resident_bytes)} + "
+            f"KV cache {format_size(kv_bytes)} + scratch {format_size(scratch_bytes)} + bank "
+            f"{format_size(used)}; the least that fits is {_ceil_size(plan.planned_bytes)}",
+            plan.planned_bytes,
+        )
+    return plan
+
+
+def _ceil_size(size_bytes: int) -> str:
+    """A size rounded up to what `parse_size` reads back as enough: whole MB, or kB below one."""
+    unit, name = (10**6, "MB") if size_bytes >= 10**7 else (10**3, "kB")
+    return f"{-(-size_bytes // unit)}{name}"
