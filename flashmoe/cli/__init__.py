@@ -1,0 +1,1 @@
+"""typer commands: parse, call, print. The only package that prints."""

@@ -75,9 +75,11 @@ def repack(
         digests = hasher.submit(_source_digests, checkpoint)
         try:
             resident, layers = _write(plan, arrays, writer, progress)
+            copied = {path.name: writer.copy(path) for path in checkpoint.copied_files}
         except RuntimeError as error:  # what MLX raises when a weight file cannot be read
             raise SourceError(f"{source} cannot be read: {error}") from error
-        copied = {path.name: writer.copy(path) for path in checkpoint.copied_files}
+        except OSError as error:
+            raise StoreError(f"{folder} cannot be written: {error.strerror or error}") from error
         writer.commit(
             Manifest(
                 model_type=plan.model_type,

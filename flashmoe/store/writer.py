@@ -42,8 +42,12 @@ class StoreWriter:
     def __init__(self, folder: Path, *, force: bool = False) -> None:
         self.folder = folder
         _refuse_unless_ours(folder, force)
-        (folder / "experts").mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+            (folder / "experts").mkdir(exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{folder} cannot be created: {error.strerror}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -1,0 +1,144 @@
+"""Consoles, progress bars and the lines that several commands share."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from flashmoe import machine
+from flashmoe.units import format_duration, format_size
+
+if TYPE_CHECKING:
+    from flashmoe.engine import FlashMoEModel
+    from flashmoe.streaming.telemetry import Stats
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(highlight=False, soft_wrap=True, stderr=True)
+
+# A prompt that takes longer than this gets a progress bar.
+PATIENCE_SECONDS = 2.0
+
+
+def print_json(value: Any) -> None:
+    """One line that a program can read."""
+    print(json.dumps(value))
+
+
+def print_dim(text: str) -> None:
+    out.print(f"[dim]{escape(text)}[/dim]")
+
+
+@contextmanager
+def byte_progress(title: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar with bytes, rate and ETA on stderr; yields `progress(done_bytes, total_bytes)`."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, disable=quiet or not err.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+
+        def progress(done_bytes: int, total_bytes: int) -> None:
+            bar.update(task, completed=done_bytes, total=total_bytes)
+
+        yield progress
+
+
+@contextmanager
+def prompt_progress(quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A transient bar for prompts that take long; yields `progress(done, total)` in tokens."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (TextColumn("reading prompt"), BarColumn(), MofNCompleteColumn(), Remaining())
+    bar = Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal)
+    task = bar.add_task("", total=None)
+    started = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        if done >= total:
+            bar.stop()
+        elif time.perf_counter() - started > PATIENCE_SECONDS:
+            bar.start()
+
+    try:
+        yield progress
+    finally:
+        bar.stop()
+
+
+@dataclass(frozen=True)
+class AnswerReport:
+    """What one answer took; sizes in bytes, times in seconds."""
+
+    prompt_tokens: int
+    tokens: int
+    tokens_per_second: float
+    seconds_to_first_token: float
+    hits: int
+    misses: int
+    hit_rate: float
+    bytes_read: int
+    bytes_demanded: int
+    bytes_read_per_token: float
+    bank_bytes: int
+    peak_memory_bytes: int
+
+    @classmethod
+    def of(cls, model: FlashMoEModel, stats: Stats, first_token: float) -> AnswerReport:
+        fed = max(stats.prompt_tokens + stats.tokens - 1, 1)
+        later = stats.tokens - 1
+        decode = stats.seconds.decode
+        return cls(
+            prompt_tokens=stats.prompt_tokens,
+            tokens=stats.tokens,
+            tokens_per_second=later / decode if later > 0 and decode > 0 else 0.0,
+            seconds_to_first_token=first_token,
+            hits=stats.hits,
+            misses=stats.misses,
+            hit_rate=stats.hit_rate,
+            bytes_read=stats.bytes_read,
+            bytes_demanded=stats.bytes_demanded,
+            bytes_read_per_token=stats.bytes_read / fed,
+            bank_bytes=model.bank_bytes,
+            peak_memory_bytes=machine.peak_resident_set_bytes(),
+        )
+
+    def line(self) -> str:
+        """The one line under an answer."""
+        return (
+            f"{self.tokens} tokens · {self.tokens_per_second:.1f} tok/s · first token "
+            f"{format_duration(self.seconds_to_first_token)} · hit rate {self.hit_rate:.0%} · "
+            f"{format_size(self.bytes_read_per_token)} read/token · bank "
+            f"{format_size(self.bank_bytes)} · peak memory {format_size(self.peak_memory_bytes)}"
+        )
+
+    def details(self) -> str:
+        """The line that --stats adds."""
+        return (
+            f"{self.prompt_tokens} prompt tokens · {self.hits} hits · {self.misses} misses · "
+            f"{format_size(self.bytes_read)} read of {format_size(self.bytes_demanded)} demanded"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

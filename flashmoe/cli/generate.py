@@ -1,0 +1,82 @@
+"""`flashmoe generate`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from flashmoe.cli import options
+
+
+def generate(
+    model: options.Model = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt", "-p", metavar="TEXT", help="The prompt; - reads standard input.",
+            show_default=False,
+        ),
+    ] = None,
+    memory: options.Memory = None,
+    cache: options.Cache = None,
+    context: options.Context = None,
+    max_tokens: options.MaxTokens = 256,
+    temp: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    seed: options.Seed = None,
+    system: options.System = None,
+    no_template: options.NoTemplate = False,
+    kernel: options.Kernel = "auto",
+    stats: options.ShowStats = False,
+    json: options.Json = False,
+) -> None:
+    """Answer one prompt, streaming.
+
+    Example: flashmoe generate -p "What is a barn?" --cache 2MB --stats
+    """
+    if prompt is None:
+        raise typer.BadParameter("give a prompt with -p TEXT, or -p - for standard input")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    from flashmoe.cli.console import AnswerReport, print_dim, print_json, prompt_progress
+    from flashmoe.generation.session import Sampling
+
+    sampling = Sampling(temp, top_p, top_k, min_p, seed)
+    loaded = options.load(
+        model, memory=memory, cache=cache, context=context, kernel=kernel, quiet=json
+    )
+    with loaded, prompt_progress(quiet=json) as progress:
+        started = time.perf_counter()
+        first_token = 0.0
+        pieces = []
+        for piece in loaded.session().stream(
+            text,
+            max_new_tokens=max_tokens,
+            sampling=sampling,
+            system=system,
+            template=not no_template,
+            progress=progress,
+        ):
+            first_token = first_token or time.perf_counter() - started
+            pieces.append(piece)
+            if not json:
+                print(piece.text, end="", flush=True)
+        report = AnswerReport.of(loaded, loaded.stats(), first_token)
+    if json:
+        print_json(
+            {
+                "text": "".join(piece.text for piece in pieces),
+                "tokens": [piece.token for piece in pieces if piece.token is not None],
+                "finish_reason": pieces[-1].finish_reason,
+                "stats": report.as_dict(),
+            }
+        )
+        return
+    print()
+    if stats:
+        print_dim(report.line())
+        print_dim(report.details())

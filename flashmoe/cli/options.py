@@ -1,0 +1,86 @@
+"""Options that several commands share, and loading a model as they say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from flashmoe.engine import FlashMoEModel
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A store, a checkpoint folder or a Hub id; the last two are repacked into "
+        "~/.cache/flashmoe on first use. Without it: the demo model.",
+        show_default=False,
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for the whole process, such as 24GB. Default: three quarters of what is free.",
+        show_default=False,
+    ),
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE|min",
+        help="Memory for the bank of experts alone; min is one token's needs.",
+        show_default=False,
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        metavar="TOKENS",
+        help="Most tokens of prompt and answers together. Default: 4096, or the model's limit.",
+        show_default=False,
+    ),
+]
+MaxTokens = Annotated[int, typer.Option(metavar="N", help="Most tokens of one answer.")]
+Temperature = Annotated[
+    float, typer.Option("--temp", help="Sampling temperature; 0 takes the likeliest token.")
+]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total.")]
+TopK = Annotated[int, typer.Option(help="Sample from this many tokens; 0 from all.")]
+MinP = Annotated[
+    float, typer.Option(help="Drop tokens below this share of the likeliest one's probability.")
+]
+Seed = Annotated[
+    int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)
+]
+System = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="System prompt.", show_default=False)
+]
+NoTemplate = Annotated[
+    bool, typer.Option("--no-template", help="Use the text as it is, without a chat template.")
+]
+Kernel = Annotated[
+    str, typer.Option(metavar="NAME", help="Kernel for routed experts: auto or reference.")
+]
+ShowStats = Annotated[bool, typer.Option("--stats", help="Also print hits, misses and bytes read.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON for programs.")]
+
+
+def load(
+    model: str | None,
+    *,
+    memory: str | None,
+    cache: str | None,
+    context: int | None,
+    kernel: str,
+    quiet: bool = False,
+) -> FlashMoEModel:
+    """Load a model, with a progress bar while it is repacked on first use."""
+    from flashmoe.cli.console import byte_progress
+
+    with byte_progress("repacking", quiet) as progress:
+        from flashmoe.engine import FlashMoEModel, open_model
+
+        store = open_model(model, progress=progress)
+    return FlashMoEModel(store, memory=memory, cache=cache, context=context, kernel=kernel)

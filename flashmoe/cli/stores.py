@@ -1,0 +1,160 @@
+"""`flashmoe repack`, `flashmoe inspect` and `flashmoe verify`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flashmoe.cli import options
+from flashmoe.units import format_count, format_duration, format_size
+
+if TYPE_CHECKING:
+    from flashmoe.store.inspect import StoreSummary
+
+StorePath = Annotated[str, typer.Argument(metavar="STORE", help="A folder that repack made.")]
+
+
+def repack(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A checkpoint folder or a Hub id.")
+    ],
+    dest: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="DEST", help="Where the store goes. Default: NAME.flashmoe here.",
+            show_default=False,
+        ),
+    ] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            metavar="2|3|4|5|6|8|16|32",
+            help="Bits per weight of a float checkpoint; 16 and 32 keep floats. Default: 4.",
+            show_default=False,
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="32|64|128",
+            help="Weights that share a scale. Default: 64.",
+            show_default=False,
+        ),
+    ] = None,
+    resident_bits: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Bits for everything but the experts. Default: as --bits.",
+            show_default=False,
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="REV", help="Branch, tag or commit on the Hub.", show_default=False),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a complete store.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Turn a checkpoint into a store that streams.
+
+    Quantized MLX checkpoints are repacked bit for bit; float ones are quantized. The store
+    looks complete only once it is: interrupting loses nothing but the work.
+    """
+    from flashmoe.cli.console import byte_progress, out, print_json
+
+    started = time.perf_counter()
+    with byte_progress("repacking", quiet=json) as progress:
+        from flashmoe.repacking.execute import repack as run
+        from flashmoe.store.inspect import inspect as summarise
+
+        store = run(
+            source,
+            dest,
+            bits=bits,
+            group_size=group_size,
+            resident_bits=resident_bits,
+            revision=revision,
+            force=force,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - started
+    summary = summarise(store.path)
+    if json:
+        print_json({**asdict(summary), "seconds": seconds})
+        return
+    written = summary.resident_bytes + summary.streamed_bytes
+    out.print(f"[bold]{store.path}[/bold]  {_headline(summary)}")
+    out.print(
+        f"{format_size(written)} in {format_duration(seconds)}; "
+        f"run it with: flashmoe chat {store.path}"
+    )
+
+
+def inspect(store: StorePath, json: options.Json = False) -> None:
+    """Show what a store holds: sizes, bits and a table of its layers."""
+    from rich.table import Table
+
+    from flashmoe.cli.console import out, print_json
+    from flashmoe.store.inspect import inspect as summarise
+
+    summary = summarise(store)
+    if json:
+        print_json(asdict(summary))
+        return
+    out.print(f"[bold]{summary.path}[/bold]  {_headline(summary)}")
+    revision = f" @ {summary.source.revision}" if summary.source.revision else ""
+    packing = ", ".join(f"{count} × {name}" for name, count in summary.resident_packing.items())
+    rows = [
+        ("source", f"{summary.source.repo}{revision}"),
+        ("resident", f"{format_size(summary.resident_bytes)}  ({packing or 'not quantized'})"),
+        ("streamed", f"{format_size(summary.streamed_bytes)} in {summary.records} records"),
+        ("per token", f"{format_size(summary.token_bytes)} of records"),
+    ]
+    for name, value in rows:
+        out.print(f"  {name:<10} {value}")
+    table = Table("layer", "experts", "top-k", "record", "padding", "bits")
+    for layer in summary.layers:
+        table.add_row(
+            layer.path,
+            str(layer.experts),
+            str(layer.top_k),
+            format_size(layer.record_bytes),
+            f"{layer.padding_bytes / layer.record_bytes:.1%}",
+            _layer_packing(layer.packing),
+        )
+    out.print(table)
+
+
+def verify(store: StorePath, json: options.Json = False) -> None:
+    """Re-hash a whole store; name the first file, tensor and offset that is damaged."""
+    from flashmoe.cli.console import byte_progress, out, print_json
+    from flashmoe.store.verify import verify as run
+
+    started = time.perf_counter()
+    with byte_progress("verifying", quiet=json) as progress:
+        report = run(store, progress)
+    seconds = time.perf_counter() - started
+    if json:
+        print_json({"ok": True, **asdict(report), "seconds": seconds})
+        return
+    out.print(
+        f"{store} is good: {report.files} files, {format_size(report.bytes)}, "
+        f"{format_size(report.bytes / max(seconds, 1e-9))}/s"
+    )
+
+
+def _headline(summary: StoreSummary) -> str:
+    return (
+        f"{summary.model_type}, {format_count(summary.parameters)} parameters, "
+        f"{len(summary.layers)} MoE layers"
+    )
+
+
+def _layer_packing(packing: dict[str, str]) -> str:
+    if len(set(packing.values())) == 1:
+        return next(iter(packing.values()))
+    return ", ".join(f"{name} {value}" for name, value in packing.items())
