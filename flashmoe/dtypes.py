@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 MLX_DTYPES: dict[str, mx.Dtype] = {
@@ -34,4 +36,13 @@ def array_bytes(array: mx.array) -> memoryview:
     if array.size == 0:
         return memoryview(b"")
     flat = mx.contiguous(array).reshape(-1)
-    return memoryview(flat if flat.dtype == mx.uint8 else flat.view(mx.uint8)).cast("B")
+    return shared_bytes(flat if flat.dtype == mx.uint8 else flat.view(mx.uint8))
+
+
+def shared_bytes(array: mx.array) -> memoryview:
+    """The memory of an evaluated row-contiguous array as a flat, writable view.
+
+    What is written to it is what MLX reads next; the view keeps the array alive.
+    """
+    exporter: Any = array
+    return memoryview(exporter).cast("B")

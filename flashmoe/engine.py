@@ -151,9 +151,7 @@ class FlashMoEModel:
             revision=revision,
             progress=progress,
         )
-        return cls(
-            store, memory=memory, cache=cache, kernel=kernel, context=context, dtype=dtype
-        )
+        return cls(store, memory=memory, cache=cache, kernel=kernel, context=context, dtype=dtype)
 
     @property
     def model(self) -> nn.Module:
@@ -266,7 +264,9 @@ def open_model(
         cached,
         revision=checkpoint.revision,
         progress=progress,
-        **precision,
+        bits=bits,
+        group_size=group_size,
+        resident_bits=resident_bits,
     )
 
 

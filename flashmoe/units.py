@@ -43,13 +43,7 @@ def parse_size(text: str | int) -> int:
 
 def format_size(size_bytes: float) -> str:
     """A size in decimal units with three significant digits: 7077888 -> "7.08 MB"."""
-    value = float(size_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(value) < 999.5:
-            break
-        value /= 1000
-    else:
-        unit = "TB"
+    value, unit = _scale(float(size_bytes), ("B", "kB", "MB", "GB", "TB"))
     if unit == "B":
         return f"{value:.0f} B"
     digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
@@ -58,13 +52,7 @@ def format_size(size_bytes: float) -> str:
 
 def format_count(count: float) -> str:
     """A count with a short suffix: 30600000 -> "30.6M"."""
-    value = float(count)
-    for suffix in ("", "K", "M", "B"):
-        if abs(value) < 999.5:
-            break
-        value /= 1000
-    else:
-        suffix = "T"
+    value, suffix = _scale(float(count), ("", "K", "M", "B", "T"))
     return f"{value:.0f}{suffix}" if not suffix or abs(value) >= 99.95 else f"{value:.1f}{suffix}"
 
 
@@ -75,3 +63,12 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _scale(value: float, units: tuple[str, ...]) -> tuple[float, str]:
+    """Divide by 1000 until three digits suffice or the units run out."""
+    step = 0
+    while abs(value) >= 999.5 and step < len(units) - 1:
+        value /= 1000
+        step += 1
+    return value, units[step]

@@ -97,7 +97,7 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def kind_of(module: nn.Module) -> str:
-    """"SwitchGLU" or "SwitchMLP".
+    """ "SwitchGLU" or "SwitchMLP".
 
     Raises SourceError for a subclass that computes something else: streaming it would be wrong.
     """

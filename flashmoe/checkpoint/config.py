@@ -156,7 +156,7 @@ def _aliases(config: Config) -> dict[str, str]:
 
 
 def _derive(config: Config, name: str) -> Any:
-    """A value for a key the family requires, or None: synonym, arithmetic, transformers' default."""
+    """A key the family requires, by synonym, arithmetic or transformers' default; else None."""
     for group in SYNONYMS:
         if name in group:
             stated = {config[key] for key in group if config.get(key) is not None}

@@ -74,7 +74,7 @@ def resolve(source: str | Path, revision: str | None = None) -> Checkpoint:
         raise
     except Exception as error:  # the Hub client raises a dozen unrelated types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SourceError(f"{source} cannot be fetched from the Hugging Face Hub: {reason}") from error
+        raise SourceError(f"{source} cannot be fetched from the Hub: {reason}") from error
     return Checkpoint(snapshot, str(source), snapshot.name)
 
 

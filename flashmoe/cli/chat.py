@@ -145,9 +145,7 @@ class _Conversation:
         from flashmoe.cli.console import AnswerReport, print_dim, prompt_progress
 
         question = {"role": "user", "content": line}
-        prompt: Any = (
-            [*self._messages, question] if self._template else self._transcript + line
-        )
+        prompt: Any = [*self._messages, question] if self._template else self._transcript + line
         before = self._model.stats()
         started = time.perf_counter()
         first_token = 0.0

@@ -16,7 +16,10 @@ def generate(
     prompt: Annotated[
         str | None,
         typer.Option(
-            "--prompt", "-p", metavar="TEXT", help="The prompt; - reads standard input.",
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="The prompt; - reads standard input.",
             show_default=False,
         ),
     ] = None,

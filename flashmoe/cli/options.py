@@ -51,9 +51,7 @@ TopK = Annotated[int, typer.Option(help="Sample from this many tokens; 0 from al
 MinP = Annotated[
     float, typer.Option(help="Drop tokens below this share of the likeliest one's probability.")
 ]
-Seed = Annotated[
-    int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)
-]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)]
 System = Annotated[
     str | None, typer.Option(metavar="TEXT", help="System prompt.", show_default=False)
 ]

@@ -24,7 +24,8 @@ def repack(
     dest: Annotated[
         str | None,
         typer.Argument(
-            metavar="DEST", help="Where the store goes. Default: NAME.flashmoe here.",
+            metavar="DEST",
+            help="Where the store goes. Default: NAME.flashmoe here.",
             show_default=False,
         ),
     ] = None,

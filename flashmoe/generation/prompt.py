@@ -36,7 +36,7 @@ def encode_prompt(
     elif prompt and all(isinstance(item, Mapping) for item in prompt):
         ids = _render(tokenizer, list(prompt))
     elif all(isinstance(item, int) for item in prompt):
-        ids = [int(item) for item in prompt]  # type: ignore[call-overload]
+        ids = [item for item in prompt if isinstance(item, int)]
     else:
         raise PromptError("a prompt is a text, a list of token ids or a list of chat messages")
     if not ids:

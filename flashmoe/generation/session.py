@@ -45,8 +45,10 @@ class Sampling:
     def sampler(self, vocabulary: int) -> Callable[[mx.array], mx.array]:
         """mlx-lm's sampler over log-probabilities [1, vocabulary]."""
         top_k = self.top_k if self.top_k < vocabulary else 0
-        made = make_sampler(self.temperature, self.top_p, self.min_p, top_k=top_k)
-        return made  # type: ignore[no-any-return]
+        sampler: Callable[[mx.array], mx.array] = make_sampler(
+            self.temperature, self.top_p, self.min_p, top_k=top_k
+        )
+        return sampler
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class TokenState:
 
     def _forward(self, ids: Sequence[int], *, logits: bool) -> mx.array:
         self._torn = True
-        out = self._model(mx.array([ids], mx.int32), cache=self._cache)[0, -1]
+        out: mx.array = self._model(mx.array([ids], mx.int32), cache=self._cache)[0, -1]
         started = time.perf_counter()
         # Before the last token only the caches matter: the LM head is never computed.
         state = [layer.state for layer in self._cache]
@@ -124,4 +124,5 @@ def generate_tokens(
 def _sample(logits: mx.array, sampler: Sampler) -> int:
     logits = logits.astype(mx.float32)
     logprobs = logits - mx.logsumexp(logits)
-    return int(sampler(logprobs[None]).item())
+    token: Any = sampler(logprobs[None]).item()
+    return int(token)

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from flashmoe.errors import ReadError
-from flashmoe.io.reader import Reader, ReadCounters, ReadRequest
+from flashmoe.io.reader import ReadCounters, Reader, ReadRequest
 
 DEFAULT_THREADS = 8
 

@@ -107,7 +107,7 @@ def load_lazily(checkpoint: Checkpoint) -> tuple[nn.Module, Config]:
         )
     model_class, args_class = model_classes(config)
     try:
-        return load_model(
+        model, config = load_model(
             checkpoint.folder,
             lazy=True,
             model_config=config,
@@ -119,6 +119,7 @@ def load_lazily(checkpoint: Checkpoint) -> tuple[nn.Module, Config]:
             f"{checkpoint.repo} is not a {config['model_type']} checkpoint that mlx-lm can "
             f"load: {lines[0][:300]}"
         ) from error
+    return model, config
 
 
 def _write(

@@ -74,9 +74,7 @@ class Manifest:
 
     @property
     def streamed_bytes(self) -> int:
-        return sum(
-            layer.layout.n_experts * layer.layout.record.stride for layer in self.layers
-        )
+        return sum(layer.layout.n_experts * layer.layout.record.stride for layer in self.layers)
 
     @property
     def bytes_per_token(self) -> int:

@@ -236,9 +236,7 @@ def _layer_file(value: Any, where: str) -> LayerFile:
     layer = LayerFile(
         layout,
         sha256=fields.take("sha256", _sha256),
-        crc32=fields.take(
-            "crc32", lambda v, w: _crc32(v, w, len(components) * layout.n_experts)
-        ),
+        crc32=fields.take("crc32", lambda v, w: _crc32(v, w, len(components) * layout.n_experts)),
     )
     fields.done()
     return layer

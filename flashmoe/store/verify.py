@@ -35,9 +35,7 @@ class _Part:
     crc32: str
 
 
-def verify(
-    store: str | Path, progress: Callable[[int, int], None] | None = None
-) -> VerifyReport:
+def verify(store: str | Path, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
     """Hash every file of a store; `progress(done_bytes, total_bytes)` is called as it goes.
 
     Raises StoreError naming the first bad file and, inside it, the tensor and its offset.
@@ -60,7 +58,8 @@ def verify(
         if sha256_file(path) != digest:
             raise StoreError(f"{path} is damaged: its SHA-256 is not the manifest's")
         advance(path.stat().st_size)
-    for file in (*manifest.resident, *manifest.layers):
+    files: list[ResidentFile | LayerFile] = [*manifest.resident, *manifest.layers]
+    for file in files:
         _verify_file(opened.file(_file_name(file)), file, advance)
     return VerifyReport(len(names), done)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashmoe.errors import MemoryBudgetError
-from flashmoe.store.layout import DTYPE_BYTES, LayerLayout
+from flashmoe.store.layout import LayerLayout
 from flashmoe.store.manifest import Manifest
 from flashmoe.streaming.slots import slot_bytes, staging_bytes
 from flashmoe.units import format_size

@@ -51,9 +51,7 @@ class StreamedExperts(nn.Module):
             return y
         return self._run_grouped(x, experts, distinct)
 
-    def _run(
-        self, x: mx.array, experts: npt.NDArray[Any], distinct: npt.NDArray[Any]
-    ) -> mx.array:
+    def _run(self, x: mx.array, experts: npt.NDArray[Any], distinct: npt.NDArray[Any]) -> mx.array:
         table = self._bank.acquire(distinct.tolist())
         return self._kernel(x, mx.array(table[experts]), self._bank.memory.weights, self._spec)
 
@@ -72,9 +70,7 @@ class StreamedExperts(nn.Module):
         for first in range(0, len(distinct), self._bank.group):
             group = distinct[first : first + self._bank.group]
             begin, end = np.searchsorted(flat[order], [group[0], group[-1] + 1])
-            y = self._run(
-                rows[mx.array(token_of[begin:end])], flat[order[begin:end], None], group
-            )
+            y = self._run(rows[mx.array(token_of[begin:end])], flat[order[begin:end], None], group)
             started = time.perf_counter()
             mx.eval(y)
             self._stats.seconds.computing += time.perf_counter() - started

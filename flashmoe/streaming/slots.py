@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from flashmoe.dtypes import FLOATING, MLX_DTYPES
+from flashmoe.dtypes import FLOATING, MLX_DTYPES, shared_bytes
 from flashmoe.store.layout import DTYPE_BYTES, Component, RecordLayout
 
 _WIDENED = {"BF16": "F32", "F16": "F32"}
@@ -27,9 +27,7 @@ def held_dtype(component: Component, widen: bool) -> str:
 
 def slot_bytes(record: RecordLayout, widen: bool) -> int:
     """Memory of one slot."""
-    return sum(
-        math.prod(c.shape) * DTYPE_BYTES[held_dtype(c, widen)] for c in record.components
-    )
+    return sum(math.prod(c.shape) * DTYPE_BYTES[held_dtype(c, widen)] for c in record.components)
 
 
 def staging_bytes(record: RecordLayout, widen: bool) -> int:
@@ -77,7 +75,7 @@ class SlotMemory:
             widened = held != component.dtype
             assert not widened or component.dtype in FLOATING
             staging = memoryview(bytearray(n_rows * component.nbytes)) if widened else None
-            self._places.append(_Place(component, memoryview(raw).cast("B"), size, staging))
+            self._places.append(_Place(component, shared_bytes(raw), size, staging))
         self._gaps = _gaps(record)
         self._waste = memoryview(bytearray(max(self._gaps, default=0)))
 

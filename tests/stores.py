@@ -1,0 +1,131 @@
+"""Tiny stores made through `StoreWriter`, without any model."""
+
+import contextlib
+import random
+import signal
+import tracemalloc
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from flashmoe.store.layout import LayerLayout, Quantization, TensorSpec, lay_out_record
+from flashmoe.store.manifest import Manifest, Source
+from flashmoe.store.reader import Store, open_store
+from flashmoe.store.writer import StoreWriter
+
+CONFIG = b'{"model_type": "tiny"}\n'
+RESIDENT_FILE = "resident-00001-of-00001.safetensors"
+SOURCE = Source("owner/tiny", "main", {"model.safetensors": "ab" * 32})
+
+# 4 KiB exactly (no padding behind it), 192 and 140 bytes: components at 0, 4096 and 8192.
+EXPERT_TENSORS = (
+    TensorSpec("gate_proj.weight", "U32", (32, 32)),
+    TensorSpec("gate_proj.scales", "BF16", (32, 3)),
+    TensorSpec("down_proj.weight", "F16", (5, 14)),
+)
+RESIDENT_TENSORS = (
+    TensorSpec("embed.weight", "BF16", (6, 5)),
+    TensorSpec("norm.weight", "F32", (7,)),
+)
+
+Contents = Mapping[str, bytes]
+
+
+def layer_layout(
+    index: int = 0,
+    tensors: Sequence[TensorSpec] = EXPERT_TENSORS,
+    *,
+    n_experts: int = 4,
+    top_k: int = 2,
+) -> LayerLayout:
+    return LayerLayout(
+        path=f"model.layers.{index}.mlp.switch_mlp",
+        kind="SwitchGLU",
+        file=f"experts/layer-{index:03d}.safetensors",
+        n_experts=n_experts,
+        top_k=top_k,
+        record=lay_out_record(tensors),
+        projections={"gate_proj": Quantization(4, 64)},
+    )
+
+
+def layer_contents(layout: LayerLayout, seed: int = 0) -> dict[str, bytes]:
+    """Random bytes for each component of all experts."""
+    draw = random.Random(seed)
+    return {c.name: draw.randbytes(layout.n_experts * c.nbytes) for c in layout.record.components}
+
+
+def resident_contents(seed: int = 0) -> list[bytes]:
+    draw = random.Random(1000 + seed)
+    return [draw.randbytes(tensor.nbytes) for tensor in RESIDENT_TENSORS]
+
+
+def write_store(
+    folder: Path,
+    layers: Sequence[tuple[LayerLayout, Contents]],
+    resident: Sequence[bytes],
+    *,
+    force: bool = False,
+    source: Source = SOURCE,
+) -> None:
+    """One whole run of a writer: residents, layers, config.json, commit."""
+    config = folder.parent / "config.json"
+    config.write_bytes(CONFIG)
+    with StoreWriter(folder, force=force) as writer:
+        shard = writer.write_resident(RESIDENT_FILE, RESIDENT_TENSORS, resident)
+        files = []
+        for layout, contents in layers:
+            layer = writer.layer(layout)
+            for component in layout.record.components:
+                layer.write(component, contents[component.name])
+            files.append(layer.finish())
+        writer.commit(
+            Manifest(
+                model_type="tiny",
+                parameters=12345,
+                source=source,
+                quantization={"embed": Quantization(8, 32)},
+                resident=(shard,),
+                layers=tuple(files),
+                copied={"config.json": writer.copy(config)},
+            )
+        )
+
+
+def write_tiny(folder: Path, seed: int = 0, *, n_layers: int = 2, force: bool = False) -> None:
+    layouts = [layer_layout(index) for index in range(n_layers)]
+    layers = [(layout, layer_contents(layout, seed + i)) for i, layout in enumerate(layouts)]
+    write_store(folder, layers, resident_contents(seed), force=force)
+
+
+def tiny_store(folder: Path, seed: int = 0, *, n_layers: int = 2) -> Store:
+    """A complete store of `n_layers` layers with 4 experts of 3 components each, top-k 2."""
+    write_tiny(folder, seed, n_layers=n_layers)
+    return open_store(folder)
+
+
+def record_parts(layout: LayerLayout, contents: Contents, expert: int) -> dict[str, bytes]:
+    """One expert's part of each component."""
+    return {
+        c.name: contents[c.name][expert * c.nbytes : (expert + 1) * c.nbytes]
+        for c in layout.record.components
+    }
+
+
+@contextlib.contextmanager
+def frugal(limit_bytes: int = 5_000_000, seconds: float = 3.0) -> Iterator[None]:
+    """Fails when the block allocates more Python memory than the limit, or hangs."""
+
+    def give_up(*_: object) -> None:
+        raise AssertionError(f"still running after {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    tracemalloc.start()
+    try:
+        yield
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert peak_bytes < limit_bytes
