@@ -25,6 +25,7 @@ from flashmoe.checkpoint.source import Checkpoint, resolve
 from flashmoe.demo import DEMO_FOLDER
 from flashmoe.errors import FlashMoEError, OptionError, SourceError
 from flashmoe.generation.prompt import Prompt
+from flashmoe.generation.missing import MissingTokenizer
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
 from flashmoe.io.threads import ThreadReader
 from flashmoe.kernels.select import select_kernel
@@ -39,6 +40,8 @@ DEFAULT_CONTEXT = 4096
 PREFILL_CHUNK = 256
 # Of the memory that is free when no number is given.
 DEFAULT_MEMORY_SHARE = 0.75
+# A checkpoint with none of these has no tokenizer, and can be given token ids only.
+TOKENIZER_PATTERNS = ("tokenizer*", "vocab*", "*.tiktoken", "*.model")
 CACHE_FOLDER = Path("~/.cache/flashmoe")
 
 
@@ -63,7 +66,7 @@ class FlashMoEModel:
         chosen_kernel = select_kernel(kernel)
         widen = _widen(dtype)
         config = read_config(store.path)
-        tokenizer = _load_tokenizer(store.path, config.get("eos_token_id"))
+        tokenizer = _load_tokenizer(store.path, config)
         skeleton = build_skeleton(store, config)
         context = _context(config, context)
         layouts = [layer.layout for layer in store.manifest.layers]
@@ -283,7 +286,10 @@ def cache_path(checkpoint: Checkpoint, precision: dict[str, int | None]) -> Path
     return CACHE_FOLDER.expanduser() / f"{name}-{digest}.flashmoe"
 
 
-def _load_tokenizer(folder: Path, eos_token_ids: Any) -> Any:
+def _load_tokenizer(folder: Path, config: dict[str, Any]) -> Any:
+    eos_token_ids = config.get("eos_token_id")
+    if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_PATTERNS):
+        return MissingTokenizer(_largest(config, "vocab_size"), eos_token_ids)
     try:
         return load_tokenizer(folder, eos_token_ids=eos_token_ids)
     except Exception as error:  # tokenizer classes raise what they like

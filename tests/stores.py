@@ -112,7 +112,7 @@ def record_parts(layout: LayerLayout, contents: Contents, expert: int) -> dict[s
 
 
 @contextlib.contextmanager
-def frugal(limit_bytes: int = 5_000_000, seconds: float = 3.0) -> Iterator[None]:
+def frugal(limit_bytes: int = 5_000_000, seconds: float = 1.0) -> Iterator[None]:
     """Fails when the block allocates more Python memory than the limit, or hangs."""
 
     def give_up(*_: object) -> None:
