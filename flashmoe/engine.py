@@ -96,7 +96,7 @@ class FlashMoEModel:
             ),
             demands=demands,
         )
-        mx.set_cache_limit(budget.CACHE_LIMIT_BYTES)
+        mx.set_cache_limit(self.memory_plan.reuse_bytes)
         load_resident(skeleton, store, widen)
         self.store = store
         self.tokenizer = tokenizer

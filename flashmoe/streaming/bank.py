@@ -74,7 +74,11 @@ class LayerBank:
         return self._slot_of
 
     def uses(self, output: mx.array) -> None:
-        """Note an unevaluated array that reads slots of this bank."""
+        """Note an unevaluated array that reads slots of this bank.
+
+        At most one is kept: the one before has normally been evaluated by now, and is otherwise.
+        """
+        self._settle_pending()
         self._pending.append(output)
 
     def check_integrity(self) -> None:
@@ -87,11 +91,7 @@ class LayerBank:
             )
 
     def _bring(self, missing: list[int], pinned: set[int]) -> None:
-        if self._pending:
-            started = time.perf_counter()
-            mx.eval(self._pending)
-            self._pending.clear()
-            self._stats.seconds.computing += time.perf_counter() - started
+        self._settle_pending()
         started = time.perf_counter()
         slots = [self._take_slot(pinned) for _ in missing]
         requests = [
@@ -107,6 +107,13 @@ class LayerBank:
             raise
         self._slot_of[missing] = slots
         self._stats.seconds.reading += time.perf_counter() - started
+
+    def _settle_pending(self) -> None:
+        if self._pending:
+            started = time.perf_counter()
+            mx.eval(self._pending)
+            self._pending.clear()
+            self._stats.seconds.computing += time.perf_counter() - started
 
     def _take_slot(self, pinned: set[int]) -> int:
         if self._free:

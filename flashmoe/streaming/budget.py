@@ -1,12 +1,13 @@
 """Who gets how many bytes: one number in, slots per layer out. Pure arithmetic.
 
 Out of the user's number come, in this order, the process itself, the resident weights, the KV
-cache at the requested context and scratch; the bank takes the rest, and never less than one
-token's needs, below which an LRU hits nothing.
+cache at the requested context, scratch and what MLX may keep of freed memory; the bank takes
+the rest, and never less than one token's needs, below which an LRU hits nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,9 +18,13 @@ from flashmoe.streaming.slots import slot_bytes, staging_bytes
 from flashmoe.units import format_size
 
 # The allocator's slack and what libraries allocate after start-up.
-SLACK_BYTES = 64 * 10**6
-# MLX keeps freed buffers for reuse up to this much (on Metal; its CPU allocator keeps none).
-CACHE_LIMIT_BYTES = 256 * 10**6
+SLACK_BYTES = 32 * 10**6
+# MLX keeps freed buffers for reuse: up to this share of the total, within these bounds.
+REUSE_SHARE = 1 / 32
+LEAST_REUSE_BYTES = 16 * 10**6
+MOST_REUSE_BYTES = 512 * 10**6
+# By which a process can start out larger the next time.
+JITTER_BYTES = 8 * 10**6
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class MemoryPlan:
     resident_bytes: int
     kv_bytes: int
     scratch_bytes: int
+    reuse_bytes: int
     slots: tuple[int, ...]
     bank_bytes: int
     least_bank_bytes: int
@@ -51,6 +57,7 @@ class MemoryPlan:
             + self.resident_bytes
             + self.kv_bytes
             + self.scratch_bytes
+            + self.reuse_bytes
             + self.bank_bytes
         )
 
@@ -128,6 +135,13 @@ def share_slots(demands: Sequence[LayerDemand], bank_bytes: int) -> tuple[int, .
             return tuple(slots)
 
 
+def reuse_bytes(total_bytes: int | None) -> int:
+    """How much freed memory MLX may keep; the process counts it as its own."""
+    if total_bytes is None:
+        return MOST_REUSE_BYTES
+    return round(min(max(total_bytes * REUSE_SHARE, LEAST_REUSE_BYTES), MOST_REUSE_BYTES))
+
+
 def least_bank_bytes(demands: Sequence[LayerDemand]) -> int:
     """One token's needs over all layers."""
     return sum(demand.least * demand.slot_bytes for demand in demands)
@@ -148,26 +162,43 @@ def plan_memory(
     Raises MemoryBudgetError, naming the least that would fit, when something does not.
     """
     least = least_bank_bytes(demands)
+    reuse = reuse_bytes(total_bytes)
     if bank_bytes is not None:
         slots = share_slots(demands, bank_bytes)
     elif total_bytes is None:
         slots = tuple(demand.most for demand in demands)
     else:
-        rest = total_bytes - process_bytes - resident_bytes - kv_bytes - scratch_bytes
+        fixed = process_bytes + resident_bytes + kv_bytes + scratch_bytes + reuse
+        rest = total_bytes - fixed
         slots = share_slots(demands, rest) if rest >= least else tuple(d.least for d in demands)
     used = sum(n * demand.slot_bytes for n, demand in zip(slots, demands, strict=True))
     plan = MemoryPlan(
-        total_bytes, process_bytes, resident_bytes, kv_bytes, scratch_bytes, slots, used, least
+        total_bytes,
+        process_bytes,
+        resident_bytes,
+        kv_bytes,
+        scratch_bytes,
+        reuse,
+        slots,
+        used,
+        least,
     )
     if total_bytes is not None and plan.planned_bytes > total_bytes:
+        enough = _total_for(plan.planned_bytes - reuse) + JITTER_BYTES
         raise MemoryBudgetError(
             f"{format_size(total_bytes)} of memory is not enough: process "
             f"{format_size(process_bytes)} + resident weights {format_size(resident_bytes)} + "
-            f"KV cache {format_size(kv_bytes)} + scratch {format_size(scratch_bytes)} + bank "
-            f"{format_size(used)}; the least that fits is {_ceil_size(plan.planned_bytes)}",
-            plan.planned_bytes,
+            f"KV cache {format_size(kv_bytes)} + scratch {format_size(scratch_bytes + reuse)} + "
+            f"bank {format_size(used)}; the least that fits is {_ceil_size(enough)}",
+            enough,
         )
     return plan
+
+
+def _total_for(fixed_bytes: int) -> int:
+    """The smallest total that covers `fixed_bytes` and its own share for reuse."""
+    growing = max(fixed_bytes + LEAST_REUSE_BYTES, math.ceil(fixed_bytes / (1 - REUSE_SHARE)))
+    return min(growing, fixed_bytes + MOST_REUSE_BYTES) + 1
 
 
 def _ceil_size(size_bytes: int) -> str:

@@ -1,0 +1,70 @@
+"""The process stays under the number the user gave, as the operating system counts it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from big import VOCABULARY, save_big_checkpoint
+
+import flashmoe
+from flashmoe.store.reader import Store
+
+PROMPT_TOKENS = 300
+RUN = f"""
+import json, sys
+from flashmoe import FlashMoEModel, MemoryBudgetError, machine
+from flashmoe.store.reader import open_store
+try:
+    model = FlashMoEModel(open_store(sys.argv[1]), memory=sys.argv[2], context=512)
+except MemoryBudgetError as error:
+    print(json.dumps({{"least": error.least_bytes, "message": str(error)}}))
+    sys.exit()
+model.generate([(i * 7919) % {VOCABULARY} for i in range({PROMPT_TOKENS})], 8)
+plan = model.memory_plan
+print(json.dumps({{
+    "peak": machine.peak_resident_set_bytes(),
+    "planned": plan.planned_bytes,
+    "bank": plan.bank_bytes,
+    "hit_rate": model.stats().hit_rate,
+}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def big_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    folder = tmp_path_factory.mktemp("big")
+    save_big_checkpoint(folder / "checkpoint", layers=4, experts=256)
+    return flashmoe.repack(folder / "checkpoint", folder / "store")
+
+
+def run(store: Store, memory: int) -> dict[str, float]:
+    command = [sys.executable, "-c", RUN, str(store.path), str(memory)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    report: dict[str, float] = json.loads(result.stdout)
+    return report
+
+
+def test_peak_stays_under_the_number(big_store: Store) -> None:
+    refused = run(big_store, 100_000_000)
+    least = int(refused["least"])
+    assert f"{-(-least // 10**6)}MB" in str(refused["message"])
+    banks = []
+    for memory in (least, least + 60_000_000, least + 150_000_000):
+        report = run(big_store, memory)
+        assert report["planned"] <= memory
+        assert report["peak"] < memory, report
+        banks.append(report["bank"])
+    # The bank gets what more memory brings, less the share that MLX may keep.
+    assert banks[1] - banks[0] > 55_000_000
+    assert banks[2] - banks[1] > 80_000_000
+
+
+def test_everything_is_used_when_it_fits(big_store: Store) -> None:
+    report = run(big_store, 2_000_000_000)
+    manifest = big_store.manifest
+    assert report["bank"] > 0.9 * manifest.streamed_bytes
+    assert report["peak"] < 2_000_000_000
