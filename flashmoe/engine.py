@@ -64,8 +64,8 @@ class FlashMoEModel:
     ) -> None:
         """Load an open store; see `from_pretrained` for the options."""
         chosen_kernel = select_kernel(kernel)
-        widen = _widen(dtype)
         config = read_config(store.path)
+        widen = _widen(dtype, config)
         tokenizer = _load_tokenizer(store.path, config)
         skeleton = build_skeleton(store, config)
         context = _context(config, context)
@@ -141,7 +141,8 @@ class FlashMoEModel:
         kernel: "auto" or "reference". context: most tokens of prompt and answer together
             (default 4096, or the model's own limit where that is lower).
         dtype: "float32" widens 16-bit floats when they are loaded, "stored" keeps them;
-            "auto" widens on CPUs, where MLX is several times faster in float32.
+            "auto" widens on CPUs, where MLX is several times faster in float32, and wherever the
+            model's config states float32.
 
         Raises SourceError, StoreError, OptionError, or MemoryBudgetError naming the least that
         would fit.
@@ -211,6 +212,11 @@ class FlashMoEModel:
     def stats(self) -> Stats:
         """A copy of the totals since the model was loaded."""
         return self._stats.copy()
+
+    @property
+    def live_stats(self) -> Stats:
+        """The totals themselves, which go on counting."""
+        return self._stats
 
     def check_integrity(self) -> None:
         """Raise FlashMoEError when a bank's bookkeeping contradicts itself."""
@@ -297,10 +303,13 @@ def _load_tokenizer(folder: Path, config: dict[str, Any]) -> Any:
         raise SourceError(f"{folder} has no tokenizer that can be loaded: {line}") from error
 
 
-def _widen(dtype: str) -> bool:
+def _widen(dtype: str, config: dict[str, Any]) -> bool:
     if dtype not in ("auto", "float32", "stored"):
         raise OptionError(f"dtype must be auto, float32 or stored, not {dtype!r}")
-    return dtype == "float32" or (dtype == "auto" and mx.default_device() == mx.cpu)
+    if dtype == "auto":
+        stated = config.get("dtype", config.get("torch_dtype"))
+        return stated == "float32" or mx.default_device() == mx.cpu
+    return dtype == "float32"
 
 
 def _context(config: dict[str, Any], context: int | None) -> int:

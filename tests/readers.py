@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from flashmoe.errors import ReadError
-from flashmoe.io.reader import Reader, ReadCounters, ReadRequest
+from flashmoe.io.reader import ReadCounters, Reader, ReadRequest
 
 Preadv = Callable[[int, Sequence[memoryview], int], int]
 

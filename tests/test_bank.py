@@ -4,6 +4,11 @@ import os
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from readers import MemoryReader, delayed_preadv, short_preadv
+from stores import layer_contents, layer_layout, record_parts, resident_contents, write_store
+
 from flashmoe.dtypes import array_bytes
 from flashmoe.errors import FlashMoEError, ReadError
 from flashmoe.io.threads import ThreadReader
@@ -11,10 +16,6 @@ from flashmoe.store.layout import TensorSpec
 from flashmoe.store.reader import open_store
 from flashmoe.streaming.bank import ABSENT, LayerBank
 from flashmoe.streaming.telemetry import Stats
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from readers import MemoryReader, delayed_preadv, short_preadv
-from stores import layer_contents, layer_layout, record_parts, resident_contents, write_store
 
 N_EXPERTS = 8
 TOP_K = 3

@@ -1,10 +1,15 @@
 import re
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from stores import SOURCE, layer_layout
+
 from flashmoe.errors import FlashMoEError, MemoryBudgetError
 from flashmoe.store.layout import TensorSpec
 from flashmoe.store.manifest import Manifest, ResidentFile
 from flashmoe.streaming.budget import (
+    JITTER_BYTES,
     LEAST_REUSE_BYTES,
     LayerDemand,
     all_staging_bytes,
@@ -17,9 +22,6 @@ from flashmoe.streaming.budget import (
     share_slots,
 )
 from flashmoe.units import parse_size
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from stores import SOURCE, layer_layout
 
 MB = 10**6
 # One token needs 3 layers x 2 slots x 1000 bytes; everything is 24,000 bytes.
@@ -161,7 +163,8 @@ class TestPlanMemory:
     def test_too_little(self, total_bytes):
         with pytest.raises(MemoryBudgetError, match="of memory is not enough") as caught:
             plan(total_bytes)
-        assert caught.value.least_bytes == FIXED_BYTES + 6000
+        smallest = FIXED_BYTES + 6000
+        assert smallest <= caught.value.least_bytes <= smallest + JITTER_BYTES + 1
         for part in (
             "process 10.0 MB",
             "resident weights 20.0 MB",
@@ -170,8 +173,9 @@ class TestPlanMemory:
             "bank 6.00 kB",
         ):
             assert part in str(caught.value)
-        assert plan(caught.value.least_bytes).slots == (2, 2, 2)
-        assert named_least(caught.value) == 50 * MB
+        assert plan(smallest).slots == (2, 2, 2)
+        assert named_least(caught.value) % MB == 0
+        plan(caught.value.least_bytes)
         plan(named_least(caught.value))
 
     def test_a_total_and_a_bank(self):
@@ -179,7 +183,7 @@ class TestPlanMemory:
         assert plan(10**9, 9000).slots == (3, 3, 3)
         with pytest.raises(MemoryBudgetError, match=r"bank 9\.00 kB") as caught:
             plan(FIXED_BYTES + 8999, 9999)
-        assert caught.value.least_bytes == FIXED_BYTES + 9000
+        assert 0 <= caught.value.least_bytes - (FIXED_BYTES + 9000) <= JITTER_BYTES + 1
         assert plan(caught.value.least_bytes, 9999).slots == (3, 3, 3)
 
     @given(
@@ -214,14 +218,17 @@ class TestPlanMemory:
         used = sum(n * d.slot_bytes for n, d in zip(found.slots, demands, strict=True))
         assert found.bank_bytes == used >= found.least_bank_bytes == least_bank_bytes(demands)
 
-    @given(st.integers(0, 40_000))
-    def test_one_byte_less_than_the_least_is_refused(self, kv_bytes):
+    @given(st.integers(0, 10**11))
+    @example(0)
+    @example(10**12)
+    def test_the_named_least_is_not_far_from_the_smallest_that_passes(self, kv_bytes):
+        """The process may measure itself a little larger the next time, so some is added."""
         with pytest.raises(MemoryBudgetError) as caught:
             plan(1, kv_bytes=kv_bytes)
         least = caught.value.least_bytes
-        assert plan(least, kv_bytes=kv_bytes).total_bytes == least
+        assert plan(least - JITTER_BYTES, kv_bytes=kv_bytes).slots >= (2, 2, 2)
         with pytest.raises(MemoryBudgetError) as again:
-            plan(least - 1, kv_bytes=kv_bytes)
+            plan(least - JITTER_BYTES - 4, kv_bytes=kv_bytes)
         assert again.value.least_bytes == least
 
 

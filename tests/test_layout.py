@@ -1,6 +1,11 @@
+import itertools
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from stores import layer_layout
+
 from flashmoe.store.layout import (
     DTYPE_BYTES,
     Component,
@@ -11,9 +16,6 @@ from flashmoe.store.layout import (
     lay_out_record,
     safetensors_header,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from stores import layer_layout
 
 # Qwen3.5-397B: hidden 4096, expert width 1024, 4 bits in groups of 64, 512 experts, 60 layers.
 QWEN_397B = [
@@ -73,7 +75,13 @@ def test_padding_between_components():
 
 @pytest.mark.parametrize(
     ("size_bytes", "alignment", "aligned"),
-    [(0, 4096, 0), (1, 4096, 4096), (4096, 4096, 4096), (4097, 4096, 8192), (2**62 + 1, 2, 2**62 + 2)],
+    [
+        (0, 4096, 0),
+        (1, 4096, 4096),
+        (4096, 4096, 4096),
+        (4097, 4096, 8192),
+        (2**62 + 1, 2, 2**62 + 2),
+    ],
 )
 def test_align(size_bytes, alignment, aligned):
     assert align(size_bytes, alignment) == aligned
@@ -110,7 +118,7 @@ def test_records_fill_the_file(specs, n_experts):
     offsets = [layer.record_offset(expert) for expert in range(n_experts)]
     assert offsets[0] == layer.data_start == 16_384
     assert all(offset % 16_384 == 0 for offset in offsets)
-    assert {b - a for a, b in zip(offsets, offsets[1:], strict=False)} <= {record.stride}
+    assert {b - a for a, b in itertools.pairwise(offsets)} <= {record.stride}
     assert offsets[-1] + record.stride == layer.file_bytes
 
 

@@ -6,11 +6,12 @@ import os
 import shutil
 
 import pytest
+from stores import RESIDENT_FILE, frugal, tiny_store
+
 from flashmoe.errors import StoreError
 from flashmoe.store.manifest import to_json
 from flashmoe.store.parse import from_document
 from flashmoe.store.reader import open_store
-from stores import RESIDENT_FILE, frugal, tiny_store
 
 LAYER_FILE = "experts/layer-000.safetensors"
 HUGE = 2**70

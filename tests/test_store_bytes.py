@@ -4,10 +4,6 @@ import hashlib
 
 import numpy as np
 import pytest
-from flashmoe.store.inspect import inspect
-from flashmoe.store.layout import Component
-from flashmoe.store.parse import load_manifest
-from flashmoe.store.reader import open_store
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from stores import (
@@ -18,6 +14,11 @@ from stores import (
     layer_layout,
     write_store,
 )
+
+from flashmoe.store.inspect import inspect
+from flashmoe.store.layout import Component
+from flashmoe.store.parse import load_manifest
+from flashmoe.store.reader import open_store
 
 LAYER_FILE = "experts/layer-000.safetensors"
 LAYER_SHA256 = "04395cc93410f5358a75de3303a124749a61b81ae781123829cec331573193ee"

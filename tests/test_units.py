@@ -1,8 +1,11 @@
+import contextlib
+
 import pytest
-from flashmoe.errors import FlashMoEError, OptionError
-from flashmoe.units import format_count, format_duration, format_size, parse_size
 from hypothesis import example, given
 from hypothesis import strategies as st
+
+from flashmoe.errors import FlashMoEError, OptionError
+from flashmoe.units import format_count, format_duration, format_size, parse_size
 
 DECIMAL = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6}
 DECIMAL |= {"G": 10**9, "GB": 10**9, "T": 10**12, "TB": 10**12}
@@ -31,8 +34,10 @@ def test_parse_size(text, size_bytes):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "GB", "24 G B", "24XB", "1e9", "-1", "-1GB", "+1GB", "1,5GB", "1.GB", "0x10", "inf"]
-    + ["nan", "24GB 1", "24GB\n1", None, True, [], "١GBß"],
+    [
+        *("", "GB", "24 G B", "24XB", "1e9", "-1", "-1GB", "+1GB", "1,5GB", "1.GB", "0x10"),
+        *("inf", "nan", "24GB 1", "24GB\n1", "١GBß", None, True, []),
+    ],
 )
 def test_parse_size_refuses_what_is_no_size(text):
     with pytest.raises(OptionError, match="is not a size; write for example 24GB") as caught:
@@ -68,10 +73,8 @@ def test_units_multiply(count, unit, lower):
 
 @given(st.text("0159.eE+-_ \n٣GMKTiBbgx", max_size=8))
 def test_parse_size_gives_a_size_or_refuses(text):
-    try:
+    with contextlib.suppress(OptionError):
         assert parse_size(text) > 0
-    except OptionError:
-        pass
 
 
 @pytest.mark.parametrize(

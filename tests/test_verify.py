@@ -1,11 +1,12 @@
 import shutil
 
 import pytest
-from flashmoe.errors import StoreError
-from flashmoe.store.verify import VerifyReport, verify
 from hypothesis import example, given
 from hypothesis import strategies as st
 from stores import CONFIG, RESIDENT_FILE, layer_layout, tiny_store
+
+from flashmoe.errors import StoreError
+from flashmoe.store.verify import VerifyReport, verify
 
 LAYER_FILE = "experts/layer-001.safetensors"
 LAYOUT = layer_layout(1)

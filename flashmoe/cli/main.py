@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
+from flashmoe.cli import bench
 from flashmoe.cli.chat import chat
 from flashmoe.cli.generate import generate
 from flashmoe.cli.stores import inspect, repack, verify
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 for command in (chat, generate, repack, inspect, verify):
     app.command()(command)
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,1 @@
+"""Measuring protocols behind `flashmoe bench`; they return numbers and print nothing."""

@@ -1,0 +1,60 @@
+"""The bundled model answers what the README says, streamed and in stock mlx-lm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+
+import flashmoe
+from flashmoe import FlashMoEModel
+from flashmoe.checkpoint.config import read_config
+from flashmoe.demo import DEMO_FOLDER
+from flashmoe.engine import _widen
+
+ANSWERS = {
+    "What is the capital of the United States?": "Washington.",
+    "What is a barn?": (
+        "An outlying farm building for storing grain or animal feed and housing farm animals."
+    ),
+    "Define scent.": "A distinctive odor that is pleasant.",
+    "Hello": "Hello! Ask me what a word means.",
+    "Who are you?": (
+        "I am a tiny mixture-of-experts model that has read the WordNet dictionary."
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlashMoEModel]:
+    store = flashmoe.repack(DEMO_FOLDER, tmp_path_factory.mktemp("demo") / "store")
+    with FlashMoEModel(store, cache="min") as model:
+        yield model
+
+
+@pytest.mark.parametrize("question", ANSWERS)
+def test_answers_from_the_smallest_bank(model: FlashMoEModel, question: str) -> None:
+    assert model.generate(question, 40) == ANSWERS[question]
+
+
+def test_wordnets_licence_travels_with_the_store(model: FlashMoEModel) -> None:
+    licence = (model.store.path / "WORDNET-LICENSE").read_text()
+    assert "Princeton University" in licence
+
+
+def test_asks_for_float32_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    assert _widen("auto", read_config(DEMO_FOLDER))
+    assert not _widen("auto", {"torch_dtype": "bfloat16"})
+
+
+def test_stock_mlx_lm_loads_it() -> None:
+    model, tokenizer = mlx_lm.load(str(DEMO_FOLDER))
+    model.set_dtype(mx.float32)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of the United States?"}],
+        add_generation_prompt=True,
+    )
+    assert mlx_lm.generate(model, tokenizer, prompt, max_tokens=20) == "Washington."
