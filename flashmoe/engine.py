@@ -24,14 +24,14 @@ from flashmoe.checkpoint.config import read_config
 from flashmoe.checkpoint.source import Checkpoint, resolve
 from flashmoe.demo import DEMO_FOLDER
 from flashmoe.errors import FlashMoEError, OptionError, SourceError
-from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.missing import MissingTokenizer
+from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
 from flashmoe.io.threads import ThreadReader
 from flashmoe.kernels.select import select_kernel
 from flashmoe.model.load import build_skeleton, load_resident, stream_experts
 from flashmoe.repacking.execute import Progress, repack
-from flashmoe.store.reader import Store, is_store, open_store
+from flashmoe.store.reader import Store, is_incomplete, is_store, open_store
 from flashmoe.streaming import budget
 from flashmoe.streaming.telemetry import Stats
 from flashmoe.units import parse_size
@@ -63,6 +63,7 @@ class FlashMoEModel:
         dtype: str = "auto",
     ) -> None:
         """Load an open store; see `from_pretrained` for the options."""
+        check_options(memory=memory, cache=cache, kernel=kernel, context=context, dtype=dtype)
         chosen_kernel = select_kernel(kernel)
         config = read_config(store.path)
         widen = _widen(dtype, config)
@@ -147,6 +148,7 @@ class FlashMoEModel:
         Raises SourceError, StoreError, OptionError, or MemoryBudgetError naming the least that
         would fit.
         """
+        check_options(memory=memory, cache=cache, kernel=kernel, context=context, dtype=dtype)
         store = open_model(
             path_or_id,
             bits=bits,
@@ -243,6 +245,25 @@ class FlashMoEModel:
         self.close()
 
 
+def check_options(
+    *,
+    memory: str | int | None,
+    cache: str | int | None,
+    kernel: str,
+    context: int | None,
+    dtype: str = "auto",
+) -> None:
+    """Raise OptionError for a value that is wrong for every model, before one is fetched."""
+    for size in (memory, cache):
+        if size is not None and size != "min":
+            parse_size(size)
+    select_kernel(kernel)
+    if context is not None and context < 1:
+        raise OptionError(f"context must be at least 1 token, not {context}")
+    if dtype not in ("auto", "float32", "stored"):
+        raise OptionError(f"dtype must be auto, float32 or stored, not {dtype!r}")
+
+
 def open_model(
     path_or_id: str | Path | None = None,
     *,
@@ -259,7 +280,7 @@ def open_model(
     precision = {"bits": bits, "group_size": group_size, "resident_bits": resident_bits}
     source = DEMO_FOLDER if path_or_id is None else path_or_id
     folder = Path(source).expanduser()
-    if is_store(folder):
+    if is_store(folder) or is_incomplete(folder):
         if any(value is not None for value in precision.values()):
             raise OptionError(f"{folder} is a store: its bits are fixed; repack the checkpoint")
         return open_store(folder)
@@ -304,8 +325,6 @@ def _load_tokenizer(folder: Path, config: dict[str, Any]) -> Any:
 
 
 def _widen(dtype: str, config: dict[str, Any]) -> bool:
-    if dtype not in ("auto", "float32", "stored"):
-        raise OptionError(f"dtype must be auto, float32 or stored, not {dtype!r}")
     if dtype == "auto":
         stated = config.get("dtype", config.get("torch_dtype"))
         return stated == "float32" or mx.default_device() == mx.cpu
@@ -316,8 +335,6 @@ def _context(config: dict[str, Any], context: int | None) -> int:
     most = _largest(config, "max_position_embeddings")
     if context is None:
         return min(DEFAULT_CONTEXT, most) if most else DEFAULT_CONTEXT
-    if context < 1:
-        raise OptionError(f"context must be at least 1 token, not {context}")
     if most and context > most:
         raise OptionError(f"context {context} exceeds the {most} tokens the model was made for")
     return context

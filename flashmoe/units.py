@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from flashmoe.errors import OptionError
 
@@ -32,10 +33,10 @@ def parse_size(text: str | int) -> int:
     if isinstance(text, int) and not isinstance(text, bool):
         size_bytes = text
     else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*", str(text))
+        match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?|\.\d{1,20})\s*([A-Za-z]*)\s*", str(text))
         if match is None or match[2].upper() not in _UNITS:
             raise OptionError(f"{text!r} is not a size; write for example 24GB, 512MB or 16GiB")
-        size_bytes = round(float(match[1]) * _UNITS[match[2].upper()])
+        size_bytes = round(Fraction(match[1]) * _UNITS[match[2].upper()])
     if size_bytes <= 0:
         raise OptionError(f"{text!r} is not a size; it must be greater than zero")
     return size_bytes
@@ -58,8 +59,8 @@ def format_count(count: float) -> str:
 
 def format_duration(seconds: float) -> str:
     """A duration: 0.42 -> "0.42 s", 75 -> "1:15", 3700 -> "1:01:40"."""
-    if seconds < 60:
-        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 59.5:
+        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

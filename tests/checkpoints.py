@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,12 +63,10 @@ def mlx_arrays(folder: Path) -> dict[str, mx.array]:
 
 def as_tensor(array: mx.array) -> Tensor:
     """An MLX array as safetensors would store it."""
-    path = Path(f"/dev/shm/flashmoe-{os.getpid()}.safetensors")
-    mx.save_safetensors(str(path), {"x": array})
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "array.safetensors"
+        mx.save_safetensors(str(path), {"x": array})
         return file_tensors(path)["x"]
-    finally:
-        path.unlink()
 
 
 def save_quantized(

@@ -90,6 +90,7 @@ def run_process(home: Path) -> Callable[..., Result]:
             timeout=60,
             check=False,
         )
-        return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
+        out, err = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
+        return Result(done.returncode, out, err)
 
     return run

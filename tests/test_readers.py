@@ -1,5 +1,6 @@
 """One contract, every reader through it."""
 
+import contextlib
 import errno
 import os
 import random
@@ -304,11 +305,10 @@ class TestFiles:
         reader.close()
 
     def test_more_buffers_than_one_system_call_takes(self, file_case):
-        reader = file_case.reader()
         buffers = buffers_of(*[3] * 3000)
-        reader.submit([ReadRequest(file_case.folder / "a", 1, buffers)]).wait()
+        with contextlib.closing(file_case.reader()) as reader:
+            reader.submit([ReadRequest(file_case.folder / "a", 1, buffers)]).wait()
         assert joined(buffers) == CONTENT[1:9001]
-        reader.close()
 
     def test_descriptors_are_given_back(self, file_case):
         before = open_descriptors()
@@ -321,13 +321,13 @@ class TestFiles:
         assert open_descriptors() <= before
 
     def test_threads_are_given_back(self, file_case):
-        before = threading.active_count()
+        before = set(threading.enumerate())
         reader = file_case.reader(threads=3)
         path = file_case.folder / "a"
         reader.submit([ReadRequest(path, i, buffers_of(9)) for i in range(30)]).wait()
-        assert threading.active_count() <= before + 3
+        assert len(set(threading.enumerate()) - before) <= 3
         reader.close()
-        assert threading.active_count() == before
+        assert set(threading.enumerate()) <= before
 
     def test_a_folder(self, file_case):
         reader = file_case.reader()

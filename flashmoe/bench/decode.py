@@ -13,7 +13,7 @@ from mlx_lm.utils import load_model
 from flashmoe.demo import DEMO_FOLDER
 from flashmoe.engine import DEFAULT_CONTEXT, PREFILL_CHUNK, FlashMoEModel, open_model
 from flashmoe.generation.session import Session
-from flashmoe.store.reader import Store, is_store
+from flashmoe.store.reader import is_store
 from flashmoe.streaming.budget import layer_demands, least_bank_bytes
 from flashmoe.streaming.telemetry import Stats
 

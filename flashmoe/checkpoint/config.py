@@ -7,6 +7,7 @@ not know are ignored by mlx-lm, and a key that is already there is never changed
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ def read_config(folder: Path) -> Config:
         config = load_config(folder)
     except FileNotFoundError:
         raise SourceError(f"{folder} has no config.json; it is not a model checkpoint") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise SourceError(f"{folder / 'config.json'} cannot be read: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise SourceError(f"{folder / 'config.json'} names no model_type")
@@ -175,7 +176,8 @@ def _derive(config: Config, name: str) -> Any:
     cls = _transformers_class(config)
     if cls is None:
         return None
-    known = {key: value for key, value in config.items() if key != "quantization"}
+    # A copy, because config classes rewrite the nested tables they are given.
+    known = copy.deepcopy({k: v for k, v in config.items() if k != "quantization"})
     try:
         return getattr(cls(**known), name, None)
     except Exception:  # a config class may reject what mlx-lm accepts

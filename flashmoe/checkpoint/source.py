@@ -86,12 +86,12 @@ def check_files(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     index = checkpoint.folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            listed = set(json.loads(index.read_bytes())["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError):
+            listed = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            missing = [name for name in listed if not (checkpoint.folder / name).is_file()]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise SourceError(f"{index} is not a safetensors index") from None
-        for name in sorted(listed):
-            if not (checkpoint.folder / name).is_file():
-                raise SourceError(f"{checkpoint.folder} lacks {name}, which its index lists")
+        if missing:
+            raise SourceError(f"{checkpoint.folder} lacks {missing[0]}, which its index lists")
     if not checkpoint.weight_files:
         raise SourceError(f"{checkpoint.folder} has no {WEIGHT_PATTERN}; it holds no weights")
     tensors: dict[str, TensorInfo] = {}

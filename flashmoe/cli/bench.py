@@ -38,11 +38,22 @@ def decode(
 
     if rounds < 1:
         raise typer.BadParameter("--rounds must be at least 1")
+    if max_tokens < 2:
+        raise typer.BadParameter("--max-tokens must be at least 2: the first one is not decoded")
     results = bench_decode(model, max_tokens=max_tokens, rounds=rounds)
     if json:
         print_json([asdict(result) for result in results])
         return
-    table = Table("experts", "bank", "hit rate", "read/token", "tok/s (min to max)", "of resident")
+    table = Table()
+    for column in (
+        "experts",
+        "bank",
+        "hit rate",
+        "read/token",
+        "tok/s (min to max)",
+        "of resident",
+    ):
+        table.add_column(column, no_wrap=True)
     for result in results:
         table.add_row(
             result.name,

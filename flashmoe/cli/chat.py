@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from flashmoe.errors import FlashMoEError
 if TYPE_CHECKING:
     from flashmoe.engine import FlashMoEModel
     from flashmoe.generation.session import Sampling
+
+HISTORY_LINES = 1000
 
 HELP = """\
 /help   this list
@@ -44,25 +47,28 @@ def chat(
 
     Example: flashmoe chat Qwen/Qwen3-30B-A3B --memory 12GB
     """
+    from rich.markup import escape
+
     from flashmoe.cli.console import out, print_dim
-    from flashmoe.generation.session import Sampling
+    from flashmoe.generation.session import Sampling, check_max_tokens
     from flashmoe.units import format_size
 
+    check_max_tokens(max_tokens)
     sampling = Sampling(temp, top_p, top_k, min_p, seed)
     loaded = options.load(model, memory=memory, cache=cache, context=context, kernel=kernel)
     with loaded:
         manifest = loaded.store.manifest
         slots = sum(loaded.memory_plan.slots)
         experts = sum(layer.layout.n_experts for layer in manifest.layers)
-        out.print(f"[bold]{manifest.source.repo}[/bold] ({manifest.model_type})")
+        out.print(f"[bold]{escape(manifest.source.repo)}[/bold] ({escape(manifest.model_type)})")
         print_dim(
             f"{format_size(manifest.streamed_bytes)} of experts on disk, {slots} of {experts} "
             f"fit the bank of {format_size(loaded.bank_bytes)}; /help for commands"
         )
         talk = _Conversation(loaded, sampling, system, not no_template, max_tokens, stats)
-        with _line_editing():
+        with _line_editing() as save_history:
             while talk.turn():
-                pass
+                save_history()
 
 
 class _Conversation:
@@ -95,25 +101,21 @@ class _Conversation:
 
     def turn(self) -> bool:
         """Read a line and act on it; False when the user leaves."""
-        from flashmoe.cli.console import err
-
         try:
             line = input("> ").strip()
+            if line == "/exit":
+                return False
+            if line.startswith("/"):
+                self._command(line)
+            elif line:
+                self._answer(line)
         except EOFError:
             print()
             return False
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /exit leaves)")
-            return True
-        if line == "/exit":
-            return False
-        if line.startswith("/"):
-            self._command(line)
-        elif line:
-            try:
-                self._answer(line)
-            except FlashMoEError as error:
-                err.print(f"flashmoe: {error}", markup=False)
+        except FlashMoEError as error:
+            _complain(str(error))
         return True
 
     def _command(self, line: str) -> None:
@@ -162,6 +164,8 @@ class _Conversation:
                 first_token = first_token or time.perf_counter() - started
                 text += piece.text
                 print(piece.text, end="", flush=True)
+        # A seed starts the conversation; reseeding would draw the same numbers every turn.
+        self._sampling = replace(self._sampling, seed=None)
         print(" (stopped)" if stopped else "")
         self._messages += [question, {"role": "assistant", "content": text}]
         self._transcript += f"{line}{text}\n"
@@ -182,23 +186,33 @@ def _stop_on_interrupt() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, previous)
 
 
+def _complain(message: str) -> None:
+    from flashmoe.cli.console import err
+
+    err.print(f"flashmoe: {message}", markup=False)
+
+
 @contextlib.contextmanager
-def _line_editing() -> Iterator[None]:
-    """Line editing with a history that outlives the program."""
+def _line_editing() -> Iterator[Callable[[], None]]:
+    """Line editing with a history that outlives the program; yields what saves it."""
     try:
         import readline
     except ImportError:  # a Python built without it still chats
-        yield
+        yield lambda: None
         return
     from flashmoe.engine import CACHE_FOLDER
 
     history: Path = CACHE_FOLDER.expanduser() / "chat_history"
     with contextlib.suppress(OSError):
         readline.read_history_file(history)
-    try:
-        yield
-    finally:
+    readline.set_history_length(HISTORY_LINES)
+
+    def save() -> None:
         with contextlib.suppress(OSError):
             history.parent.mkdir(parents=True, exist_ok=True)
-            readline.set_history_length(1000)
             readline.write_history_file(history)
+
+    try:
+        yield save
+    finally:
+        save()

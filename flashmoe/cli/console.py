@@ -19,8 +19,19 @@ if TYPE_CHECKING:
     from flashmoe.engine import FlashMoEModel
     from flashmoe.streaming.telemetry import Stats
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(highlight=False, soft_wrap=True, stderr=True)
+# Where there is no terminal, lines are as long as they are.
+WIDTH_OF_PIPES = 200
+
+
+def _console(stderr: bool = False) -> Console:
+    console = Console(highlight=False, soft_wrap=True, stderr=stderr)
+    if not console.is_terminal:
+        console.width = WIDTH_OF_PIPES
+    return console
+
+
+out = _console()
+err = _console(stderr=True)
 
 # A prompt that takes longer than this gets a progress bar.
 PATIENCE_SECONDS = 2.0

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from flashmoe.cli import options
+from flashmoe.errors import PromptError
 
 
 def generate(
@@ -44,30 +45,37 @@ def generate(
     """
     if prompt is None:
         raise typer.BadParameter("give a prompt with -p TEXT, or -p - for standard input")
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read_stdin() if prompt == "-" else prompt
     from flashmoe.cli.console import AnswerReport, print_dim, print_json, prompt_progress
-    from flashmoe.generation.session import Sampling
+    from flashmoe.generation.session import Sampling, check_max_tokens
 
+    check_max_tokens(max_tokens)
     sampling = Sampling(temp, top_p, top_k, min_p, seed)
     loaded = options.load(
         model, memory=memory, cache=cache, context=context, kernel=kernel, quiet=json
     )
+    pieces = []
     with loaded, prompt_progress(quiet=json) as progress:
         started = time.perf_counter()
         first_token = 0.0
-        pieces = []
-        for piece in loaded.session().stream(
+        stream = loaded.session().stream(
             text,
             max_new_tokens=max_tokens,
             sampling=sampling,
             system=system,
             template=not no_template,
             progress=progress,
-        ):
-            first_token = first_token or time.perf_counter() - started
-            pieces.append(piece)
-            if not json:
-                print(piece.text, end="", flush=True)
+        )
+        try:
+            for piece in stream:
+                first_token = first_token or time.perf_counter() - started
+                pieces.append(piece)
+                if not json:
+                    print(piece.text, end="", flush=True)
+        finally:
+            # Also when it is cut short: whatever is said next starts on a line of its own.
+            if pieces and not json:
+                print()
         report = AnswerReport.of(loaded, loaded.stats(), first_token)
     if json:
         print_json(
@@ -79,7 +87,13 @@ def generate(
             }
         )
         return
-    print()
     if stats:
         print_dim(report.line())
         print_dim(report.details())
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError:
+        raise PromptError("standard input is not valid UTF-8") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -46,8 +47,19 @@ def _root(
 
 def main() -> None:
     """Run the command line; expected failures print one line on stderr and exit 1 or 2."""
+    # What a terminal's encoding lacks is printed as "?", and bytes that are no text come in as
+    # surrogates, which prompts refuse: neither may end in a traceback.
+    for stream, errors in (
+        (sys.stdout, "replace"),
+        (sys.stderr, "replace"),
+        (sys.stdin, "surrogateescape"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            fail("interrupted", INTERRUPTED)
     except TyperException as error:
         fail(error.format_message(), error.exit_code)
     except OptionError as error:

@@ -76,9 +76,9 @@ def load(
 ) -> FlashMoEModel:
     """Load a model, with a progress bar while it is repacked on first use."""
     from flashmoe.cli.console import byte_progress
+    from flashmoe.engine import FlashMoEModel, check_options, open_model
 
+    check_options(memory=memory, cache=cache, kernel=kernel, context=context)
     with byte_progress("repacking", quiet) as progress:
-        from flashmoe.engine import FlashMoEModel, open_model
-
         store = open_model(model, progress=progress)
     return FlashMoEModel(store, memory=memory, cache=cache, context=context, kernel=kernel)

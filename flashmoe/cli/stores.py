@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from flashmoe.cli import options
 from flashmoe.units import format_count, format_duration, format_size
@@ -88,10 +89,10 @@ def repack(
         print_json({**asdict(summary), "seconds": seconds})
         return
     written = summary.resident_bytes + summary.streamed_bytes
-    out.print(f"[bold]{store.path}[/bold]  {_headline(summary)}")
+    out.print(f"[bold]{escape(str(store.path))}[/bold]  {_headline(summary)}")
     out.print(
         f"{format_size(written)} in {format_duration(seconds)}; "
-        f"run it with: flashmoe chat {store.path}"
+        f"run it with: flashmoe chat {escape(str(store.path))}"
     )
 
 
@@ -106,7 +107,7 @@ def inspect(store: StorePath, json: options.Json = False) -> None:
     if json:
         print_json(asdict(summary))
         return
-    out.print(f"[bold]{summary.path}[/bold]  {_headline(summary)}")
+    out.print(f"[bold]{escape(summary.path)}[/bold]  {_headline(summary)}")
     revision = f" @ {summary.source.revision}" if summary.source.revision else ""
     packing = ", ".join(f"{count} × {name}" for name, count in summary.resident_packing.items())
     rows = [
@@ -116,16 +117,18 @@ def inspect(store: StorePath, json: options.Json = False) -> None:
         ("per token", f"{format_size(summary.token_bytes)} of records"),
     ]
     for name, value in rows:
-        out.print(f"  {name:<10} {value}")
-    table = Table("layer", "experts", "top-k", "record", "padding", "bits")
+        out.print(f"  {name:<10} {escape(value)}")
+    table = Table()
+    for column in ("layer", "experts", "top-k", "record", "padding", "bits"):
+        table.add_column(column, no_wrap=True)
     for layer in summary.layers:
         table.add_row(
-            layer.path,
+            escape(layer.path),
             str(layer.experts),
             str(layer.top_k),
             format_size(layer.record_bytes),
             f"{layer.padding_bytes / layer.record_bytes:.1%}",
-            _layer_packing(layer.packing),
+            escape(_layer_packing(layer.packing)),
         )
     out.print(table)
 
@@ -143,14 +146,14 @@ def verify(store: StorePath, json: options.Json = False) -> None:
         print_json({"ok": True, **asdict(report), "seconds": seconds})
         return
     out.print(
-        f"{store} is good: {report.files} files, {format_size(report.bytes)}, "
+        f"{escape(store)} is good: {report.files} files, {format_size(report.bytes)}, "
         f"{format_size(report.bytes / max(seconds, 1e-9))}/s"
     )
 
 
 def _headline(summary: StoreSummary) -> str:
     return (
-        f"{summary.model_type}, {format_count(summary.parameters)} parameters, "
+        f"{escape(summary.model_type)}, {format_count(summary.parameters)} parameters, "
         f"{len(summary.layers)} MoE layers"
     )
 

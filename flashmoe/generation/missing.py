@@ -14,8 +14,8 @@ class MissingTokenizer:
 
     def __init__(self, vocabulary: int, eos_token_ids: int | list[int] | None) -> None:
         self._vocabulary = vocabulary
-        single = isinstance(eos_token_ids, int)
-        self.eos_token_ids = {eos_token_ids} if single else set(eos_token_ids or [])  # type: ignore[call-overload]
+        ids = [eos_token_ids] if isinstance(eos_token_ids, int) else eos_token_ids
+        self.eos_token_ids = set(ids or [])
 
     def __len__(self) -> int:
         return self._vocabulary

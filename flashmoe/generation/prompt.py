@@ -27,6 +27,7 @@ def encode_prompt(
     Raises PromptError for an empty prompt, or messages that there is no template for.
     """
     if isinstance(prompt, str):
+        _check_text(prompt)
         if template and tokenizer.has_chat_template:
             ids = _render(tokenizer, to_messages(prompt, system))
         elif system:
@@ -46,6 +47,15 @@ def encode_prompt(
     if wrong is not None:
         raise PromptError(f"token id {wrong} is outside the vocabulary of {size}")
     return ids
+
+
+def _check_text(text: str) -> None:
+    if not text.strip():
+        raise PromptError("the prompt is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PromptError("the prompt is not valid UTF-8") from None
 
 
 def _render(tokenizer: Any, messages: list[Any]) -> list[int]:

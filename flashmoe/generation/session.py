@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,14 +34,16 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise OptionError(f"temperature must not be negative, but is {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise OptionError(f"temperature must be a number from 0 up, but is {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise OptionError(f"top-p must be above 0 and at most 1, but is {self.top_p}")
         if self.top_k < 0:
             raise OptionError(f"top-k must not be negative, but is {self.top_k}")
         if not 0 <= self.min_p <= 1:
             raise OptionError(f"min-p must be from 0 to 1, but is {self.min_p}")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise OptionError(f"seed must be from 0 to 2^64 - 1, but is {self.seed}")
 
     def sampler(self, vocabulary: int) -> Callable[[mx.array], mx.array]:
         """mlx-lm's sampler over log-probabilities [1, vocabulary]."""
@@ -62,6 +65,12 @@ class Piece:
     text: str
     token: int | None = None
     finish_reason: str | None = None
+
+
+def check_max_tokens(max_new_tokens: int) -> None:
+    """Raise OptionError unless at least one token may be generated."""
+    if max_new_tokens < 1:
+        raise OptionError(f"the number of new tokens must be at least 1, not {max_new_tokens}")
 
 
 class Session:
@@ -91,8 +100,7 @@ class Session:
         `progress(done, total)` counts prompt tokens; `should_stop` is asked between tokens and
         prompt chunks. Raises PromptError when the prompt does not fit the context.
         """
-        if max_new_tokens < 1:
-            raise OptionError(f"the number of new tokens must be at least 1, not {max_new_tokens}")
+        check_max_tokens(max_new_tokens)
         ids = encode_prompt(self._tokenizer, prompt, system=system, template=template)
         if len(ids) > self._context:
             raise PromptError(

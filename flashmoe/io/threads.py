@@ -13,6 +13,8 @@ from flashmoe.errors import ReadError
 from flashmoe.io.reader import ReadCounters, Reader, ReadRequest
 
 DEFAULT_THREADS = 8
+# What one preadv takes at most on Linux and macOS (IOV_MAX).
+MOST_BUFFERS = 1024
 
 Preadv = Callable[[int, Sequence[memoryview], int], int]
 
@@ -69,7 +71,7 @@ class ThreadReader(Reader):
         offset = request.offset
         while buffers:
             try:
-                count = self._preadv(descriptor, buffers, offset)
+                count = self._preadv(descriptor, buffers[:MOST_BUFFERS], offset)
             except OSError as error:
                 raise ReadError(
                     str(request.path), offset, str(error.strerror), error.errno

@@ -23,8 +23,8 @@ from flashmoe.repacking.plan import RepackPlan, plan_repack
 from flashmoe.repacking.quantize import Precision, quantize_lazily
 from flashmoe.store.layout import LayerLayout
 from flashmoe.store.manifest import LayerFile, Manifest, Source
-from flashmoe.store.reader import Store, open_store
-from flashmoe.store.writer import StoreWriter, sha256_file
+from flashmoe.store.reader import Store, is_store, open_store
+from flashmoe.store.writer import StoreWriter, refuse_unless_ours, sha256_file
 
 Progress = Callable[[int, int], None]
 Arrays = dict[str, mx.array]
@@ -54,8 +54,13 @@ def repack(
     """
     asked = not (bits is group_size is resident_bits is None)
     precision = Precision.from_options(bits, group_size, resident_bits)
+    name = Path(source).expanduser().resolve().name
+    folder = Path(dest) if dest is not None else Path(f"{name}.flashmoe")
+    # Before anything is fetched.
+    refuse_unless_ours(folder, force)
+    if is_store(Path(source).expanduser()):
+        raise SourceError(f"{source} is a store already; repack the checkpoint it was made from")
     checkpoint = resolve(source, revision)
-    folder = Path(dest) if dest is not None else Path(f"{checkpoint.repo.split('/')[-1]}.flashmoe")
     check_files(checkpoint)
     model, config = load_lazily(checkpoint)
     routing = probe_routing(config)

@@ -12,6 +12,7 @@ from typing import Any
 from flashmoe.store.layout import LayerLayout, Quantization, TensorSpec, safetensors_header
 
 MANIFEST_NAME = "flashmoe.json"
+LOCK_NAME = "repack.lock"
 FORMAT = "flashmoe"
 VERSION = 1
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,7 +35,12 @@ from flashmoe.store.manifest import (
     Source,
 )
 
-MAX_MANIFEST_BYTES = 64 * 2**20
+# Several times what the largest models need (2 MB for 60 layers of 512 experts).
+MAX_MANIFEST_BYTES = 16 * 2**20
+MAX_RANK = 8
+MAX_NAME_LENGTH = 128
+MAX_BITS = 32
+MAX_GROUP_SIZE = 1024
 MAX_DIMENSION = 2**40
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 KINDS = ("SwitchGLU", "SwitchMLP")
@@ -48,9 +54,12 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise StoreError(f"{path} is not a file; {folder} is not a flashmoe store")
+        if status.st_size > MAX_MANIFEST_BYTES:
             raise StoreError(f"{path} is larger than any manifest; it is not a flashmoe store")
-        document = json.loads(path.read_bytes())
+        document = json.loads(path.read_bytes(), object_pairs_hook=_object)
     except FileNotFoundError:
         raise StoreError(
             f"{folder} is not a complete flashmoe store (no {MANIFEST_NAME}); "
@@ -88,6 +97,8 @@ def from_document(document: Any, where: str) -> Manifest:
     )
     source.done()
     top.done()
+    if not manifest.layers:
+        raise StoreError(f"{where}: layers must not be empty")
     files = [s.file for s in manifest.resident] + [layer.layout.file for layer in manifest.layers]
     files += list(manifest.copied)
     _distinct(files, f"{where}: file names")
@@ -98,6 +109,12 @@ def from_document(document: Any, where: str) -> Manifest:
     if "config.json" not in manifest.copied:
         raise StoreError(f"{where}: copied files lack config.json")
     return manifest
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key stated twice would mean two things to two readers."""
+    _distinct([name for name, _ in pairs], f"the keys of {MANIFEST_NAME}")
+    return dict(pairs)
 
 
 class _Fields:
@@ -144,6 +161,27 @@ def _positive(value: Any, where: str) -> int:
     return int(value)
 
 
+def _bits(value: Any, where: str) -> int:
+    if _positive(value, where) > MAX_BITS:
+        raise StoreError(f"{where} must be at most {MAX_BITS}")
+    return int(value)
+
+
+def _group_size(value: Any, where: str) -> int:
+    if _positive(value, where) > MAX_GROUP_SIZE:
+        raise StoreError(f"{where} must be at most {MAX_GROUP_SIZE}")
+    return int(value)
+
+
+def _shape(value: Any, where: str) -> tuple[int, ...]:
+    if isinstance(value, list) and len(value) > MAX_RANK:
+        raise StoreError(f"{where} has {len(value)} dimensions, more than {MAX_RANK}")
+    shape = tuple(_list(value, where, _count))
+    if any(n > MAX_DIMENSION for n in shape) or math.prod(shape) > 2**50:
+        raise StoreError(f"{where} {shape} is too large for any tensor")
+    return shape
+
+
 def _list(value: Any, where: str, convert: Callable[[Any, str], Any]) -> list[Any]:
     if not isinstance(value, list):
         raise StoreError(f"{where} must be a JSON array")
@@ -180,7 +218,7 @@ def _packing(value: Any, where: str) -> dict[str, Quantization]:
         if mode not in MODES:
             raise StoreError(f"{fields.where}: mode {mode!r} is unknown; known are {MODES}")
         table[path] = Quantization(
-            fields.take("bits", _positive), fields.take("group_size", _positive), mode
+            fields.take("bits", _bits), fields.take("group_size", _group_size), mode
         )
         fields.done()
     return table
@@ -191,10 +229,9 @@ def _tensor(fields: _Fields) -> TensorSpec:
     dtype = fields.take("dtype", _text)
     if dtype not in DTYPE_BYTES:
         raise StoreError(f"{fields.where}: dtype {dtype!r} is unknown")
-    shape = tuple(_list(fields.take("shape", _any), f"{fields.where}: shape", _count))
-    if any(n > MAX_DIMENSION for n in shape) or math.prod(shape) > 2**50:
-        raise StoreError(f"{fields.where}: shape {shape} is too large for any tensor")
-    return TensorSpec(name, dtype, shape)
+    if name == "__metadata__":
+        raise StoreError(f"{fields.where}: the name __metadata__ is reserved by safetensors")
+    return TensorSpec(name, dtype, fields.take("shape", _shape))
 
 
 def _resident_file(value: Any, where: str) -> ResidentFile:
@@ -266,8 +303,9 @@ def _check_layer(layout: LayerLayout, where: str) -> None:
 
 def _safe_file(name: str, where: str) -> None:
     path = PurePosixPath(name)
-    unsafe = path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name
-    if unsafe or str(path) != name or name == MANIFEST_NAME:
+    unsafe = path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable()
+    reserved = name in (".", MANIFEST_NAME)
+    if unsafe or reserved or str(path) != name or len(name) > MAX_NAME_LENGTH:
         raise StoreError(f"{where}: the file name {name!r} is not a plain path inside the store")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashmoe.errors import StoreError
-from flashmoe.store.manifest import MANIFEST_NAME, Manifest
+from flashmoe.store.manifest import LOCK_NAME, MANIFEST_NAME, Manifest
 from flashmoe.store.parse import load_manifest
 
 
@@ -24,6 +24,11 @@ class Store:
 def is_store(folder: Path) -> bool:
     """Whether a folder says it is a complete store."""
     return (folder / MANIFEST_NAME).is_file()
+
+
+def is_incomplete(folder: Path) -> bool:
+    """Whether a folder is what an interrupted repack left, or one that is still running."""
+    return (folder / LOCK_NAME).is_file() and not is_store(folder)
 
 
 def open_store(folder: str | Path) -> Store:

@@ -72,10 +72,13 @@ def _verify_file(
     path: Path, file: ResidentFile | LayerFile, advance: Callable[[int], None]
 ) -> None:
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as stream:
-        while chunk := stream.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
-            advance(len(chunk))
+    try:
+        with path.open("rb", buffering=0) as stream:
+            while chunk := stream.read(HASH_CHUNK_BYTES):
+                digest.update(chunk)
+                advance(len(chunk))
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
     if digest.hexdigest() == file.sha256:
         return
     parts = _resident_parts(file) if isinstance(file, ResidentFile) else _record_parts(file)

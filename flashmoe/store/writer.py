@@ -6,8 +6,10 @@ rename after everything else is on disk, and only then the lock file goes.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import zlib
@@ -17,9 +19,15 @@ from types import TracebackType
 
 from flashmoe.errors import StoreError
 from flashmoe.store.layout import Component, LayerLayout, TensorSpec, safetensors_header
-from flashmoe.store.manifest import MANIFEST_NAME, LayerFile, Manifest, ResidentFile, to_json
+from flashmoe.store.manifest import (
+    LOCK_NAME,
+    MANIFEST_NAME,
+    LayerFile,
+    Manifest,
+    ResidentFile,
+    to_json,
+)
 
-LOCK_NAME = "repack.lock"
 HASH_CHUNK_BYTES = 8 * 2**20
 
 Bytes = bytes | bytearray | memoryview
@@ -41,25 +49,42 @@ class StoreWriter:
 
     def __init__(self, folder: Path, *, force: bool = False) -> None:
         self.folder = folder
-        _refuse_unless_ours(folder, force)
+        self._layers: list[LayerWriter] = []
+        refuse_unless_ours(folder, force)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-            (folder / "experts").mkdir(exist_ok=True)
+            self._lock = _lock(folder)
         except OSError as error:
             raise StoreError(f"{folder} cannot be created: {error.strerror}") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            # Again, because another process may have finished a store before the lock was ours.
+            refuse_unless_ours(folder, force)
+            self._clear()
+        except OSError as error:
             os.close(self._lock)
-            raise StoreError(
-                f"{folder} is being written by another process; wait for it to finish"
-            ) from None
-        # From here on the folder is incomplete, so the old manifest goes before anything else.
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)
-        _sync_folder(folder)
-        for stale in [*folder.glob("resident-*.safetensors"), *folder.glob("experts/layer-*")]:
-            stale.unlink()
+            raise StoreError(f"{folder} cannot be written: {error.strerror}") from error
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _clear(self) -> None:
+        """Remove the store or the remains that are here, the manifest first: from then on the
+        folder is incomplete. Files copied from a source are known by name, from the manifest
+        or from the lock file that an interrupted run left."""
+        ours = {*_copied_names(self.folder), *_journal(self.folder)}
+        for name in ours:
+            self._note(name)
+        os.fsync(self._lock)
+        (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
+        _sync_folder(self.folder)
+        (self.folder / "experts").mkdir(exist_ok=True)
+        stale = [*self.folder.glob("resident-*.safetensors"), *self.folder.glob("experts/layer-*")]
+        stale += [self.folder / name for name in ours]
+        for path in stale:
+            path.unlink(missing_ok=True)
+
+    def _note(self, name: str) -> None:
+        _write_all(self._lock, f"{name}\n".encode())
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -70,6 +95,8 @@ class StoreWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        for layer in self._layers:
+            layer.close()
         os.close(self._lock)
 
     def write_resident(
@@ -94,10 +121,18 @@ class StoreWriter:
 
     def layer(self, layout: LayerLayout) -> LayerWriter:
         """Open one layer's file for writing its components in any order."""
-        return LayerWriter(self.folder / layout.file, layout)
+        writer = LayerWriter(self.folder / layout.file, layout)
+        self._layers.append(writer)
+        return writer
 
     def copy(self, path: Path) -> str:
-        """Copy a small file to the top of the store; returns its SHA-256."""
+        """Copy a small file to the top of the store; returns its SHA-256.
+
+        Raises StoreError for a name that the store uses itself.
+        """
+        if path.name in (MANIFEST_NAME, LOCK_NAME):
+            raise StoreError(f"{path} cannot be copied into a store, which has its own {path.name}")
+        self._note(path.name)
         target = self.folder / path.name
         shutil.copyfile(path, target)
         with target.open("rb") as file:
@@ -126,8 +161,16 @@ class LayerWriter:
         self._layout = layout
         self._crcs: dict[str, list[str]] = {}
         self._file = path.open("w+b", buffering=0)
-        self._file.truncate(layout.file_bytes)
-        _write_all(self._file.fileno(), layout.header)
+        try:
+            self._file.truncate(layout.file_bytes)
+            _write_all(self._file.fileno(), layout.header)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        """Give the file back; closing twice is fine."""
+        self._file.close()
 
     def write(self, component: Component, content: Bytes) -> None:
         """Scatter a component of all experts, `[n_experts, *component.shape]` row-contiguous."""
@@ -161,7 +204,8 @@ class LayerWriter:
         return LayerFile(self._layout, digest.hexdigest(), crc32)
 
 
-def _refuse_unless_ours(folder: Path, force: bool) -> None:
+def refuse_unless_ours(folder: Path, force: bool) -> None:
+    """Raise StoreError unless a store may be written to `folder`."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -171,6 +215,40 @@ def _refuse_unless_ours(folder: Path, force: bool) -> None:
             raise StoreError(f"{folder} already holds a complete store; pass --force to replace it")
     elif not (folder / LOCK_NAME).exists() and any(folder.iterdir()):
         raise StoreError(f"{folder} is not empty and not a flashmoe store; choose another folder")
+
+
+def _lock(folder: Path) -> int:
+    """Open and hold the lock file, for appending; OSError when it cannot be created."""
+    path = folder / LOCK_NAME
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise StoreError(
+                f"{folder} is being written by another process; wait for it to finish"
+            ) from None
+        # A lock file that went away with another writer's commit protects nothing.
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        os.close(descriptor)
+
+
+def _journal(folder: Path) -> list[str]:
+    """Names that an interrupted run noted in its lock file before copying them."""
+    names = (folder / LOCK_NAME).read_text(errors="replace").splitlines()
+    return [name for name in names if name and Path(name).name == name]
+
+
+def _copied_names(folder: Path) -> list[str]:
+    """What the manifest in place says was copied, as far as it can be read."""
+    try:
+        names = json.loads((folder / MANIFEST_NAME).read_bytes())["copied"]
+        return [name for name in names if isinstance(name, str) and Path(name).name == name]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
 
 
 def _write_all(descriptor: int, content: Bytes) -> None:

@@ -58,9 +58,12 @@ class LayerBank:
         """Make up to `group` distinct experts resident; returns the layer's slot table.
 
         The table [n_experts] maps an expert to its slot and is valid for `experts` until the
-        next call. Raises ReadError when a record cannot be read whole; the experts that were
-        being read are then absent, and the bank stays usable.
+        next call. Raises ValueError for more experts than `group`, and ReadError when a record
+        cannot be read whole; the experts that were being read are then absent, and the bank
+        stays usable.
         """
+        if len(experts) > self.group:
+            raise ValueError(f"{len(experts)} experts at a time, but {self.group} is the most")
         missing = [expert for expert in experts if self._slot_of[expert] == ABSENT]
         stride = self._layer.record.stride
         self._stats.hits += len(experts) - len(missing)

@@ -7,6 +7,7 @@ the rest, and never less than one token's needs, below which an LRU hits nothing
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,18 +122,17 @@ def share_slots(demands: Sequence[LayerDemand], bank_bytes: int) -> tuple[int, .
         )
     slots = [demand.least for demand in demands]
     left = bank_bytes - least
-    while True:
-        open_layers = [i for i, demand in enumerate(demands) if slots[i] < demand.most]
-        # The layers that have fewest come first, so that counts even out.
-        open_layers.sort(key=lambda i: (slots[i], i))
-        grown = False
-        for i in open_layers:
-            if demands[i].slot_bytes <= left:
-                slots[i] += 1
-                left -= demands[i].slot_bytes
-                grown = True
-        if not grown:
-            return tuple(slots)
+    # Always the layer that has fewest, until nothing more fits.
+    growing = [(demand.least, i) for i, demand in enumerate(demands) if demand.least < demand.most]
+    heapq.heapify(growing)
+    while growing:
+        count, i = heapq.heappop(growing)
+        if demands[i].slot_bytes <= left:
+            slots[i] = count + 1
+            left -= demands[i].slot_bytes
+            if slots[i] < demands[i].most:
+                heapq.heappush(growing, (slots[i], i))
+    return tuple(slots)
 
 
 def reuse_bytes(total_bytes: int | None) -> int:
