@@ -27,7 +27,9 @@ def encode_prompt(
     Raises PromptError for an empty prompt, or messages that there is no template for.
     """
     if isinstance(prompt, str):
-        _check_text(prompt)
+        if not prompt.strip():
+            raise PromptError("the prompt is empty")
+        _check_encodable(prompt)
         if template and tokenizer.has_chat_template:
             ids = _render(tokenizer, to_messages(prompt, system))
         elif system:
@@ -49,9 +51,7 @@ def encode_prompt(
     return ids
 
 
-def _check_text(text: str) -> None:
-    if not text.strip():
-        raise PromptError("the prompt is empty")
+def _check_encodable(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -65,6 +65,9 @@ def _render(tokenizer: Any, messages: list[Any]) -> list[int]:
         )
     if not all("role" in message and "content" in message for message in messages):
         raise PromptError("every chat message needs a role and a content")
+    for message in messages:
+        if isinstance(message["content"], str):
+            _check_encodable(message["content"])
     try:
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
     except Exception as error:  # templates raise what their authors chose
