@@ -15,16 +15,15 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from flashmoe import machine
 from flashmoe.checkpoint.architecture import probe_routing
 from flashmoe.checkpoint.caches import cache_bytes
 from flashmoe.checkpoint.config import read_config
 from flashmoe.checkpoint.source import Checkpoint, resolve
+from flashmoe.checkpoint.tokenizer import load_tokenizer
 from flashmoe.demo import DEMO_FOLDER
-from flashmoe.errors import FlashMoEError, OptionError, SourceError
-from flashmoe.generation.missing import MissingTokenizer
+from flashmoe.errors import FlashMoEError, OptionError
 from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
 from flashmoe.io.threads import ThreadReader
@@ -40,8 +39,6 @@ DEFAULT_CONTEXT = 4096
 PREFILL_CHUNK = 256
 # Of the memory that is free when no number is given.
 DEFAULT_MEMORY_SHARE = 0.75
-# A checkpoint with none of these has no tokenizer, and can be given token ids only.
-TOKENIZER_PATTERNS = ("tokenizer*", "vocab*", "*.tiktoken", "*.model")
 CACHE_FOLDER = Path("~/.cache/flashmoe")
 
 
@@ -67,7 +64,8 @@ class FlashMoEModel:
         chosen_kernel = select_kernel(kernel)
         config = read_config(store.path)
         widen = _widen(dtype, config)
-        tokenizer = _load_tokenizer(store.path, config)
+        probed = probe_routing(config)
+        tokenizer = load_tokenizer(store.path, config.get("eos_token_id"), probed.vocabulary)
         skeleton = build_skeleton(store, config)
         context = _context(config, context)
         layouts = [layer.layout for layer in store.manifest.layers]
@@ -78,7 +76,6 @@ class FlashMoEModel:
             total_bytes = machine.resident_set_bytes() + int(
                 machine.usable_memory_bytes() * DEFAULT_MEMORY_SHARE
             )
-        probed = probe_routing(config)
         self.memory_plan = budget.plan_memory(
             total_bytes=total_bytes,
             bank_bytes=bank_bytes,
@@ -91,7 +88,7 @@ class FlashMoEModel:
                 context=context,
                 width=probed.width,
                 heads=_largest(config, "num_attention_heads"),
-                vocabulary=_largest(config, "vocab_size"),
+                vocabulary=probed.vocabulary,
                 top_k=max(layout.top_k for layout in layouts),
                 materialized_scores=mx.default_device() == mx.cpu,
             ),
@@ -119,7 +116,7 @@ class FlashMoEModel:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_id: str | Path | None = None,
+        path_or_id: str | Path | Store | None = None,
         *,
         memory: str | int | None = None,
         cache: str | int | None = None,
@@ -133,6 +130,8 @@ class FlashMoEModel:
         progress: Progress | None = None,
     ) -> FlashMoEModel:
         """Load a store, a checkpoint folder or a Hub id; None means the bundled demo model.
+
+        A store may be given as its path or as what `flashmoe.repack` returned.
 
         Checkpoints are repacked on first use into ~/.cache/flashmoe (`bits`, `group_size`,
         `resident_bits`, `revision` and `progress` as in `flashmoe.repack`).
@@ -150,7 +149,7 @@ class FlashMoEModel:
         """
         check_options(memory=memory, cache=cache, kernel=kernel, context=context, dtype=dtype)
         store = open_model(
-            path_or_id,
+            path_or_id.path if isinstance(path_or_id, Store) else path_or_id,
             bits=bits,
             group_size=group_size,
             resident_bits=resident_bits,
@@ -229,6 +228,8 @@ class FlashMoEModel:
         """Give back files, threads and memory; closing twice is fine."""
         if self._reader is not None:
             self._reader.close()
+        for bank in self._banks:
+            bank.close()
         self._reader = None
         self._module = None
         self._banks = ()
@@ -311,17 +312,6 @@ def cache_path(checkpoint: Checkpoint, precision: dict[str, int | None]) -> Path
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     name = checkpoint.repo.replace("/", "--")
     return CACHE_FOLDER.expanduser() / f"{name}-{digest}.flashmoe"
-
-
-def _load_tokenizer(folder: Path, config: dict[str, Any]) -> Any:
-    eos_token_ids = config.get("eos_token_id")
-    if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_PATTERNS):
-        return MissingTokenizer(_largest(config, "vocab_size"), eos_token_ids)
-    try:
-        return load_tokenizer(folder, eos_token_ids=eos_token_ids)
-    except Exception as error:  # tokenizer classes raise what they like
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SourceError(f"{folder} has no tokenizer that can be loaded: {line}") from error
 
 
 def _widen(dtype: str, config: dict[str, Any]) -> bool:

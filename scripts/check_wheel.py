@@ -65,9 +65,7 @@ def main() -> None:
         home.mkdir()
         binaries = folder / "venv" / "bin"
         run(binaries / "python", "-m", "pip", "install", "--quiet", wheel, home=home)
-        answer = run(
-            binaries / "flashmoe", "generate", "-p", QUESTION, "--cache", "2MB", home=home
-        )
+        answer = run(binaries / "flashmoe", "generate", "-p", QUESTION, "--cache", "2MB", home=home)
         if answer.strip() != "Washington.":
             sys.exit(f"the installed wheel answers {answer!r}")
         size = wheel.stat().st_size

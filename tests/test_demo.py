@@ -21,9 +21,7 @@ ANSWERS = {
     ),
     "Define scent.": "A distinctive odor that is pleasant.",
     "Hello": "Hello! Ask me what a word means.",
-    "Who are you?": (
-        "I am a tiny mixture-of-experts model that has read the WordNet dictionary."
-    ),
+    "Who are you?": ("I am a tiny mixture-of-experts model that has read the WordNet dictionary."),
 }
 
 

@@ -439,7 +439,7 @@ def test_a_seed_counts_from_the_first_token(qwen):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"temperature": -0.1}, "temperature must not be negative, but is -0.1"),
+        ({"temperature": -0.1}, "temperature .*-0.1"),
         ({"temperature": float("nan")}, "temperature .*nan"),
         ({"temperature": float("inf")}, "temperature .*inf"),
         ({"top_p": 0.0}, "top-p must be above 0 and at most 1, but is 0.0"),

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from big import VOCABULARY, save_big_checkpoint
+from random_checkpoint import VOCABULARY, save_random_checkpoint
 
 import flashmoe
 from flashmoe.store.reader import Store
@@ -37,7 +36,7 @@ print(json.dumps({{
 @pytest.fixture(scope="module")
 def big_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     folder = tmp_path_factory.mktemp("big")
-    save_big_checkpoint(folder / "checkpoint", layers=4, experts=256)
+    save_random_checkpoint(folder / "checkpoint", layers=4, experts=256)
     return flashmoe.repack(folder / "checkpoint", folder / "store")
 
 

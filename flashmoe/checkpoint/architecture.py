@@ -149,12 +149,13 @@ class Packing(Protocol):
 class Routing:
     """What a forward pass over unevaluated arrays reveals of a model.
 
-    `top_k` per expert module path; `width` is the widest input of an expert; `caches` are
-    mlx-lm's caches after one token, their arrays unevaluated.
+    `top_k` per expert module path; `width` is the widest input of an expert, `vocabulary`
+    the number of logits; `caches` are mlx-lm's after one token, their arrays unevaluated.
     """
 
     top_k: dict[str, int] = field(default_factory=dict)
     width: int = 0
+    vocabulary: int = 0
     caches: list[Any] = field(default_factory=list)
 
 
@@ -185,7 +186,8 @@ def probe_routing(config: Config) -> Routing:
     routing = Routing()
     replace_modules(model, {p: _Probe(m, p, routing) for p, m in modules.items()})
     routing.caches = make_prompt_cache(model)
-    model(mx.zeros((1, 1), mx.int32), cache=routing.caches)
+    logits = model(mx.zeros((1, 1), mx.int32), cache=routing.caches)
+    routing.vocabulary = int(logits.shape[-1])
     silent = next((path for path in modules if path not in routing.top_k), None)
     if silent is not None:
         raise SourceError(f"{silent} was not reached by a forward pass; its top-k is unknown")

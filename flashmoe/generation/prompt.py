@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,12 +37,10 @@ def encode_prompt(
             raise PromptError("a system prompt needs a chat template, which is not in use here")
         else:
             ids = list(tokenizer.encode(prompt))
-    elif prompt and all(isinstance(item, Mapping) for item in prompt):
-        ids = _render(tokenizer, list(prompt))
-    elif all(isinstance(item, int) for item in prompt):
-        ids = [item for item in prompt if isinstance(item, int)]
+    elif system:
+        raise PromptError("a system prompt goes with text; put it into the messages instead")
     else:
-        raise PromptError("a prompt is a text, a list of token ids or a list of chat messages")
+        ids = _from_items(tokenizer, prompt)
     if not ids:
         raise PromptError("the prompt is empty")
     size = len(tokenizer)
@@ -49,6 +48,19 @@ def encode_prompt(
     if wrong is not None:
         raise PromptError(f"token id {wrong} is outside the vocabulary of {size}")
     return ids
+
+
+def _from_items(tokenizer: Any, prompt: Any) -> list[int]:
+    """Ids of chat messages, or of anything that holds whole numbers (a list, an array)."""
+    try:
+        items = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+        if items and all(isinstance(item, Mapping) for item in items):
+            return _render(tokenizer, items)
+        return [operator.index(item) for item in items]
+    except TypeError:
+        raise PromptError(
+            "a prompt is a text, a list of token ids or a list of chat messages"
+        ) from None
 
 
 def _check_encodable(text: str) -> None:

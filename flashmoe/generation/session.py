@@ -107,10 +107,7 @@ class Session:
                 f"the prompt has {len(ids)} tokens but the context holds {self._context}; "
                 "shorten it or ask for a larger --context"
             )
-        sampling = sampling or Sampling()
-        if sampling.seed is not None:
-            mx.random.seed(sampling.seed)
-        return self._pieces(ids, max_new_tokens, sampling, progress, should_stop)
+        return self._pieces(ids, max_new_tokens, sampling or Sampling(), progress, should_stop)
 
     def _pieces(
         self,
@@ -120,6 +117,8 @@ class Session:
         progress: Progress | None,
         should_stop: Callable[[], bool],
     ) -> Iterator[Piece]:
+        if sampling.seed is not None:
+            mx.random.seed(sampling.seed)
         stop_ids = set(self._tokenizer.eos_token_ids)
         detokenizer = self._tokenizer.detokenizer
         # The last token is sampled but never fed, so it needs no place in the context.

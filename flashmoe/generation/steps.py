@@ -81,9 +81,20 @@ class TokenState:
         return out
 
     def _trim(self, count: int) -> bool:
-        if not can_trim_prompt_cache(self._cache):
+        # A cache that has dropped tokens from its front cannot go back to where they count.
+        dropped = any(getattr(cache, "start_position", 0) for cache in _flatten(self._cache))
+        if dropped or not can_trim_prompt_cache(self._cache):
             return False
         return bool(trim_prompt_cache(self._cache, count) == count)
+
+
+def _flatten(caches: Sequence[Any]) -> Iterator[Any]:
+    for cache in caches:
+        inner = getattr(cache, "caches", None)
+        if inner is None:
+            yield cache
+        else:
+            yield from _flatten(inner)
 
 
 def generate_tokens(
@@ -102,9 +113,9 @@ def generate_tokens(
     What `state` has already consumed of `ids` is not fed again.
     """
     started = time.perf_counter()
-    ids = ids[state.rewind_to_prefix_of(ids) :]
-    logits = state.feed(ids, progress, should_stop)
-    stats.prompt_tokens += len(ids)
+    known = state.rewind_to_prefix_of(ids)
+    logits = state.feed(ids[known:], progress, should_stop)
+    stats.prompt_tokens += len(state.ids) - known
     stats.seconds.prefill += time.perf_counter() - started
     for count in range(1, max_tokens + 1):
         if logits is None or should_stop():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,17 @@ from mlx_lm.utils import load_model
 
 from flashmoe.checkpoint.architecture import build_model, model_classes, probe_routing
 from flashmoe.checkpoint.config import Config, read_config
-from flashmoe.checkpoint.source import Checkpoint, check_files, hub_digest, resolve
+from flashmoe.checkpoint.source import Checkpoint, check_files, resolve
 from flashmoe.checkpoint.weights import adapting
 from flashmoe.dtypes import array_bytes
 from flashmoe.errors import OptionError, SourceError, StoreError
+from flashmoe.repacking.identity import SourceHasher
 from flashmoe.repacking.plan import RepackPlan, plan_repack
 from flashmoe.repacking.quantize import Precision, quantize_lazily
 from flashmoe.store.layout import LayerLayout
 from flashmoe.store.manifest import LayerFile, Manifest, Source
 from flashmoe.store.reader import Store, is_store, open_store
-from flashmoe.store.writer import StoreWriter, refuse_unless_ours, sha256_file
+from flashmoe.store.writer import StoreWriter, refuse_unless_ours
 
 Progress = Callable[[int, int], None]
 Arrays = dict[str, mx.array]
@@ -75,27 +75,29 @@ def repack(
     plan = plan_repack(model, config, routing)
     arrays = dict(tree_flatten(model.parameters()))
     del model
-    with StoreWriter(folder, force=force) as writer, ThreadPoolExecutor(1) as hasher:
-        _check_free_disk(folder, plan)
-        digests = hasher.submit(_source_digests, checkpoint)
-        try:
+    hasher = SourceHasher(checkpoint)
+    try:
+        with StoreWriter(folder, force=force) as writer:
+            _check_free_disk(folder, plan)
             resident, layers = _write(plan, arrays, writer, progress)
             copied = {path.name: writer.copy(path) for path in checkpoint.copied_files}
-        except RuntimeError as error:  # what MLX raises when a weight file cannot be read
-            raise SourceError(f"{source} cannot be read: {error}") from error
-        except OSError as error:
-            raise StoreError(f"{folder} cannot be written: {error.strerror or error}") from error
-        writer.commit(
-            Manifest(
-                model_type=plan.model_type,
-                parameters=plan.parameters,
-                source=Source(checkpoint.repo, checkpoint.revision, digests.result()),
-                quantization=plan.quantization,
-                resident=resident,
-                layers=layers,
-                copied=copied,
+            writer.commit(
+                Manifest(
+                    model_type=plan.model_type,
+                    parameters=plan.parameters,
+                    source=Source(checkpoint.repo, checkpoint.revision, hasher.result()),
+                    quantization=plan.quantization,
+                    resident=resident,
+                    layers=layers,
+                    copied=copied,
+                )
             )
-        )
+    except RuntimeError as error:  # what MLX raises when a weight file cannot be read
+        raise SourceError(f"{source} cannot be read: {error}") from error
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        hasher.close()
     return open_store(folder)
 
 
@@ -120,9 +122,11 @@ def load_lazily(checkpoint: Checkpoint) -> tuple[nn.Module, Config]:
         )
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        # mlx-lm names the tensors on the lines after the first.
+        reason = " ".join(line.strip() for line in lines[:2])[:300]
         raise SourceError(
             f"{checkpoint.repo} is not a {config['model_type']} checkpoint that mlx-lm can "
-            f"load: {lines[0][:300]}"
+            f"load: {reason}"
         ) from error
     return model, config
 
@@ -178,11 +182,6 @@ def _write_layer(
 
 def _is_quantized(model: nn.Module) -> bool:
     return any("scales" in module for _, module in model.named_modules())
-
-
-def _source_digests(checkpoint: Checkpoint) -> dict[str, str]:
-    files = [*checkpoint.weight_files, *checkpoint.copied_files]
-    return {path.name: hub_digest(path) or sha256_file(path) for path in files}
 
 
 def _check_free_disk(folder: Path, plan: RepackPlan) -> None:

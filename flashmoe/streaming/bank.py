@@ -53,6 +53,7 @@ class LayerBank:
         self._slot_of = np.full(layer.n_experts, ABSENT, np.int32)
         self._free = list(range(n_slots - 1, -1, -1))
         self._pending: list[mx.array] = []
+        self._closed = False
 
     def acquire(self, experts: Sequence[int]) -> npt.NDArray[np.int32]:
         """Make up to `group` distinct experts resident; returns the layer's slot table.
@@ -62,6 +63,8 @@ class LayerBank:
         cannot be read whole; the experts that were being read are then absent, and the bank
         stays usable.
         """
+        if self._closed:
+            raise FlashMoEError("the model is closed; load it again with from_pretrained")
         if len(experts) > self.group:
             raise ValueError(f"{len(experts)} experts at a time, but {self.group} is the most")
         missing = [expert for expert in experts if self._slot_of[expert] == ABSENT]
@@ -83,6 +86,12 @@ class LayerBank:
         """
         self._settle_pending()
         self._pending.append(output)
+
+    def close(self) -> None:
+        """Give the slots' memory back; nothing can be acquired afterwards."""
+        self._pending.clear()
+        self.memory.release()
+        self._closed = True
 
     def check_integrity(self) -> None:
         """Raise FlashMoEError unless every slot is either free or holds exactly one expert."""

@@ -79,6 +79,11 @@ class SlotMemory:
         self._gaps = _gaps(record)
         self._waste = memoryview(bytearray(max(self._gaps, default=0)))
 
+    def release(self) -> None:
+        """Forget the arrays; they are freed once nothing that was computed needs them."""
+        self.weights.clear()
+        self._places.clear()
+
     def buffers(self, slot: int, row: int) -> list[memoryview]:
         """Where the bytes of a record go, in file order, padding included up to the last
         component; `row` (below n_rows) is the staging row of this read."""

@@ -12,10 +12,11 @@ GROUP_SIZE = 64
 VOCABULARY = 256
 
 
-def save_big_checkpoint(
+def save_random_checkpoint(
     folder: Path, *, layers: int = 8, experts: int = 64, width: int = 512, seed: int = 0
 ) -> int:
-    """Write a 4-bit qwen3_moe checkpoint (bfloat16 scales, top-4); returns its expert bytes.
+    """Write a 4-bit qwen3_moe checkpoint (bfloat16 scales, top-4) of one file per layer;
+    returns its expert bytes.
 
     The packed weights are random bits with small scales, so that logits stay finite and the
     routing spreads over all experts.
@@ -23,6 +24,7 @@ def save_big_checkpoint(
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     tensors: dict[str, mx.array] = {}
+    expert_bytes = 0
 
     def dense(name: str, *shape: int) -> None:
         value = rng.standard_normal(shape, dtype=np.float32) * shape[-1] ** -0.5
@@ -51,7 +53,9 @@ def save_big_checkpoint(
             scales = mx.full((experts, width, width // GROUP_SIZE), width**-0.5 / 7, mx.bfloat16)
             tensors[f"{path}.scales"] = scales
             tensors[f"{path}.biases"] = scales * -7.5
-    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+        expert_bytes += sum(a.nbytes for name, a in tensors.items() if "switch_mlp" in name)
+        mx.save_safetensors(str(folder / f"model-{layer:05d}.safetensors"), tensors)
+        tensors.clear()
     config = {
         "model_type": "qwen3_moe",
         "hidden_size": width,
@@ -74,4 +78,4 @@ def save_big_checkpoint(
         "quantization": {"group_size": GROUP_SIZE, "bits": 4},
     }
     (folder / "config.json").write_text(json.dumps(config))
-    return sum(a.nbytes for name, a in tensors.items() if "switch_mlp" in name)
+    return expert_bytes
