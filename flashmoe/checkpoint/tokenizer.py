@@ -51,7 +51,8 @@ def _from_sentencepiece(folder: Path, eos_token_ids: int | list[int] | None) -> 
     from tokenizers import decoders, normalizers
     from transformers import AutoTokenizer
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+    messages: Any = protobuf
+    proto = messages.ModelProto.FromString((folder / "tokenizer.model").read_bytes())
     config = folder / "tokenizer_config.json"
     stated = json.loads(config.read_text()) if config.is_file() else {}
     # As the model was trained: with BOS, unless its config says otherwise.
