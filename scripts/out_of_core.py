@@ -21,7 +21,7 @@ from pathlib import Path
 from random_checkpoint import VOCABULARY, save_random_checkpoint
 
 import flashmoe
-from flashmoe import FlashMoEModel, machine
+from flashmoe import FlashMoEModel, Sampling, machine
 from flashmoe.store.reader import open_store
 from flashmoe.units import format_duration, format_size, parse_size
 
@@ -33,7 +33,10 @@ def decode(store: str, memory: str, tokens: int) -> None:
     """Load, generate, and print one line of JSON; runs in a process of its own."""
     with FlashMoEModel(open_store(store), memory=memory, context=1024) as model:
         stream = model.session().stream(
-            [(i * 7919) % VOCABULARY for i in range(PROMPT_TOKENS)], max_new_tokens=tokens
+            [(i * 7919) % VOCABULARY for i in range(PROMPT_TOKENS)],
+            max_new_tokens=tokens,
+            # Greedy decoding of a random model soon repeats itself, and so does its routing.
+            sampling=Sampling(temperature=1.0, seed=0),
         )
         next(stream)
         before = model.stats()
@@ -86,10 +89,10 @@ def limited(command: list[str], limit_bytes: int | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--memory", default="500MB")
+    parser.add_argument("--memory", default="600MB")
     parser.add_argument("--tokens", type=int, default=33)
     parser.add_argument("--cgroup", metavar="SIZE", help="limit memory and page cache together")
     parser.add_argument("--folder", type=Path, help="keep the store here and reuse it")

@@ -26,14 +26,16 @@ def save_random_checkpoint(
     tensors: dict[str, mx.array] = {}
     expert_bytes = 0
 
-    def dense(name: str, *shape: int) -> None:
-        value = rng.standard_normal(shape, dtype=np.float32) * shape[-1] ** -0.5
+    def dense(name: str, *shape: int, spread: float | None = None) -> None:
+        spread = shape[-1] ** -0.5 if spread is None else spread
+        value = rng.standard_normal(shape, dtype=np.float32) * spread
         tensors[name] = mx.array(value).astype(mx.bfloat16)
 
     def ones(name: str, size: int) -> None:
         tensors[name] = mx.ones((size,), mx.bfloat16)
 
-    dense("model.embed_tokens.weight", VOCABULARY, width)
+    # Large embeddings and small experts: tokens stay apart, and route apart, at every depth.
+    dense("model.embed_tokens.weight", VOCABULARY, width, spread=1.0)
     dense("lm_head.weight", VOCABULARY, width)
     ones("model.norm.weight", width)
     packed = width // 8
@@ -50,7 +52,7 @@ def save_random_checkpoint(
             path = f"{prefix}.mlp.switch_mlp.{name}"
             bits = rng.integers(0, 2**32, (experts, width, packed), np.uint32)
             tensors[f"{path}.weight"] = mx.array(bits)
-            scales = mx.full((experts, width, width // GROUP_SIZE), width**-0.5 / 7, mx.bfloat16)
+            scales = mx.full((experts, width, width // GROUP_SIZE), width**-0.5 / 28, mx.bfloat16)
             tensors[f"{path}.scales"] = scales
             tensors[f"{path}.biases"] = scales * -7.5
         expert_bytes += sum(a.nbytes for name, a in tensors.items() if "switch_mlp" in name)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 from mlx_lm.utils import load_model
 
 from flashmoe.demo import DEMO_FOLDER
-from flashmoe.engine import DEFAULT_CONTEXT, PREFILL_CHUNK, FlashMoEModel, open_model
+from flashmoe.engine import PREFILL_CHUNK, FlashMoEModel, open_model
 from flashmoe.generation.session import Session
 from flashmoe.store.reader import is_store
 from flashmoe.streaming.budget import layer_demands, least_bank_bytes
@@ -45,10 +46,16 @@ class DecodeResult:
     ratio: float | None
 
 
-@dataclass(frozen=True)
-class _Round:
-    tokens_per_second: float
+@dataclass
+class _Subject:
+    """Something to measure, and what its rounds gave."""
+
+    name: str
+    bank_bytes: int | None
+    session: Session
     stats: Stats
+    rates: list[float] = field(default_factory=list)
+    spent: list[Stats] = field(default_factory=list)
 
 
 def bench_decode(
@@ -58,72 +65,70 @@ def bench_decode(
     max_tokens: int = 32,
     rounds: int = 5,
 ) -> list[DecodeResult]:
-    """Answer `prompts` greedily `rounds` times per bank size, after one warm-up round.
+    """Answer `prompts` greedily in `rounds` rounds after one of warm-up.
 
-    The page cache is warm, so this shows the engine's own cost and not the disk's. The resident
-    model is measured when `path_or_id` is a float32-able MLX checkpoint folder (or the demo).
+    The subjects take turns within a round, so that a machine that speeds up or slows down does
+    so for all of them; they are all in memory at once. The page cache is warm: this shows the
+    engine's own cost and not the disk's. The resident model takes part when `path_or_id` is an
+    MLX checkpoint folder (or the demo).
     """
     store = open_model(path_or_id)
     checkpoint = Path(DEMO_FOLDER if path_or_id is None else path_or_id)
     demands = layer_demands([layer.layout for layer in store.manifest.layers], widen=True)
     least = least_bank_bytes(demands)
     most = sum(demand.most * demand.slot_bytes for demand in demands)
-    results: list[DecodeResult] = []
-    base = None
-    with FlashMoEModel(store, cache=least) as model:
+    sizes = {"min": least, "half": max(least, most // 2), "full": most}
+    with contextlib.ExitStack() as stack:
+        subjects = []
+        for name, bank_bytes in sizes.items():
+            model = stack.enter_context(FlashMoEModel(store, cache=bank_bytes, dtype="float32"))
+            subjects.append(_Subject(name, model.bank_bytes, model.session(), model.live_stats))
         if checkpoint.is_dir() and not is_store(checkpoint):
-            measured = _measure(_resident_session(checkpoint, model), prompts, max_tokens, rounds)
-            results.append(_summarise("resident", None, measured, None))
-            base = results[0].tokens_per_second
-    for name, bank_bytes in (("min", least), ("half", max(least, most // 2)), ("full", most)):
-        with FlashMoEModel(store, cache=bank_bytes) as model:
-            measured = _measure((model.session(), model.live_stats), prompts, max_tokens, rounds)
-            results.append(_summarise(name, model.bank_bytes, measured, base))
-    return results
+            subjects.insert(0, _resident(checkpoint, model))
+        for number in range(rounds + 1):
+            for subject in subjects:
+                _answer(subject, prompts, max_tokens)
+                if number == 0:
+                    subject.rates.clear()
+                    subject.spent.clear()
+    base = statistics.median(subjects[0].rates) if subjects[0].bank_bytes is None else None
+    return [_summarise(subject, base) for subject in subjects]
 
 
-def _resident_session(checkpoint: Path, model: FlashMoEModel) -> tuple[Session, Stats]:
-    """A session over stock mlx-lm with every weight in memory, driven by the same loop."""
+def _resident(checkpoint: Path, model: FlashMoEModel) -> _Subject:
+    """Stock mlx-lm with every weight in memory, driven by the same loop."""
     resident, _ = load_model(checkpoint)
     resident.set_dtype(mx.float32)
     mx.eval(resident.parameters())
     stats = Stats()
-    context = min(DEFAULT_CONTEXT, model.context)
-    return Session(resident, model.tokenizer, stats, context=context, chunk=PREFILL_CHUNK), stats
+    session = Session(resident, model.tokenizer, stats, context=model.context, chunk=PREFILL_CHUNK)
+    return _Subject("resident", None, session, stats)
 
 
-def _measure(
-    subject: tuple[Session, Stats], prompts: Sequence[str], max_tokens: int, rounds: int
-) -> list[_Round]:
-    session, stats = subject
-    measured = []
-    for _ in range(rounds + 1):
-        before = stats.copy()
-        for prompt in prompts:
-            for _piece in session.stream(prompt, max_new_tokens=max_tokens):
-                pass
-        spent = stats.since(before)
-        # The first token of each answer comes out of the prompt, not out of a decode step.
-        decoded = spent.tokens - len(prompts)
-        measured.append(_Round(decoded / spent.seconds.decode, spent))
-    return measured[1:]
+def _answer(subject: _Subject, prompts: Sequence[str], max_tokens: int) -> None:
+    before = subject.stats.copy()
+    for prompt in prompts:
+        for _piece in subject.session.stream(prompt, max_new_tokens=max_tokens):
+            pass
+    spent = subject.stats.since(before)
+    # The first token of each answer comes out of the prompt, not out of a decode step.
+    subject.rates.append((spent.tokens - len(prompts)) / spent.seconds.decode)
+    subject.spent.append(spent)
 
 
-def _summarise(
-    name: str, bank_bytes: int | None, measured: list[_Round], base: float | None
-) -> DecodeResult:
-    rates = [one.tokens_per_second for one in measured]
-    hits = sum(one.stats.hits for one in measured)
-    accesses = hits + sum(one.stats.misses for one in measured)
-    fed = sum(one.stats.tokens + one.stats.prompt_tokens for one in measured)
-    median = statistics.median(rates)
+def _summarise(subject: _Subject, base: float | None) -> DecodeResult:
+    hits = sum(spent.hits for spent in subject.spent)
+    accesses = hits + sum(spent.misses for spent in subject.spent)
+    fed = sum(spent.tokens + spent.prompt_tokens for spent in subject.spent)
+    median = statistics.median(subject.rates)
+    is_resident = subject.bank_bytes is None
     return DecodeResult(
-        name=name,
-        bank_bytes=bank_bytes,
+        name=subject.name,
+        bank_bytes=subject.bank_bytes,
         hit_rate=hits / accesses if accesses else 1.0,
-        bytes_read_per_token=sum(one.stats.bytes_read for one in measured) / fed,
+        bytes_read_per_token=sum(spent.bytes_read for spent in subject.spent) / fed,
         tokens_per_second=median,
-        slowest=min(rates),
-        fastest=max(rates),
-        ratio=median / base if base else None,
+        slowest=min(subject.rates),
+        fastest=max(subject.rates),
+        ratio=median / base if base and not is_resident else None,
     )
