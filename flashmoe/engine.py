@@ -1,13 +1,11 @@
 """The one place that wires everything together; the public Python API.
 
-Knows where models are found and which parts make a running one; every rule about bytes,
-slots, kernels or tokens lives further down.
+Knows which parts make a running model; every rule about bytes, slots, kernels or tokens lives
+further down.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -20,17 +18,17 @@ from flashmoe import machine
 from flashmoe.checkpoint.architecture import probe_routing
 from flashmoe.checkpoint.caches import cache_bytes
 from flashmoe.checkpoint.config import read_config
-from flashmoe.checkpoint.source import Checkpoint, resolve
 from flashmoe.checkpoint.tokenizer import load_tokenizer
-from flashmoe.demo import DEMO_FOLDER
 from flashmoe.errors import FlashMoEError, OptionError
 from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
 from flashmoe.io.threads import ThreadReader
 from flashmoe.kernels.select import select_kernel
+from flashmoe.library import open_model
 from flashmoe.model.load import build_skeleton, load_resident, stream_experts
-from flashmoe.repacking.execute import Progress, repack
-from flashmoe.store.reader import Store, is_incomplete, is_store, open_store
+from flashmoe.repacking.execute import Progress
+from flashmoe.store.manifest import Manifest
+from flashmoe.store.reader import Store
 from flashmoe.streaming import budget
 from flashmoe.streaming.telemetry import Stats
 from flashmoe.units import parse_size
@@ -39,7 +37,6 @@ DEFAULT_CONTEXT = 4096
 PREFILL_CHUNK = 256
 # Of the memory that is free when no number is given.
 DEFAULT_MEMORY_SHARE = 0.75
-CACHE_FOLDER = Path("~/.cache/flashmoe")
 
 
 class FlashMoEModel:
@@ -81,7 +78,7 @@ class FlashMoEModel:
             bank_bytes=bank_bytes,
             process_bytes=machine.resident_set_bytes() + budget.SLACK_BYTES,
             resident_bytes=budget.resident_bytes(store.manifest, widen),
-            kv_bytes=cache_bytes(probed.caches, context),
+            kv_bytes=_kv_bytes(probed.caches, context, store.manifest, widen),
             scratch_bytes=budget.all_staging_bytes(layouts, widen)
             + budget.scratch_bytes(
                 chunk=min(PREFILL_CHUNK, context),
@@ -265,55 +262,6 @@ def check_options(
         raise OptionError(f"dtype must be auto, float32 or stored, not {dtype!r}")
 
 
-def open_model(
-    path_or_id: str | Path | None = None,
-    *,
-    bits: int | None = None,
-    group_size: int | None = None,
-    resident_bits: int | None = None,
-    revision: str | None = None,
-    progress: Progress | None = None,
-) -> Store:
-    """The store of a model, repacked into the cache folder when it is a checkpoint.
-
-    Raises OptionError when a precision is asked of something that is already a store.
-    """
-    precision = {"bits": bits, "group_size": group_size, "resident_bits": resident_bits}
-    source = DEMO_FOLDER if path_or_id is None else path_or_id
-    folder = Path(source).expanduser()
-    if is_store(folder) or is_incomplete(folder):
-        if any(value is not None for value in precision.values()):
-            raise OptionError(f"{folder} is a store: its bits are fixed; repack the checkpoint")
-        return open_store(folder)
-    checkpoint = resolve(source, revision)
-    cached = cache_path(checkpoint, precision)
-    if is_store(cached):
-        return open_store(cached)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    return repack(
-        checkpoint.folder if checkpoint.revision is None else source,
-        cached,
-        revision=checkpoint.revision,
-        progress=progress,
-        bits=bits,
-        group_size=group_size,
-        resident_bits=resident_bits,
-    )
-
-
-def cache_path(checkpoint: Checkpoint, precision: dict[str, int | None]) -> Path:
-    """Where a checkpoint's store is kept: a readable name and a digest of what it was made from."""
-    files = [*checkpoint.weight_files, *checkpoint.copied_files]
-    identity = [
-        str(checkpoint.folder.resolve()),
-        [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
-        precision,
-    ]
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    name = checkpoint.repo.replace("/", "--")
-    return CACHE_FOLDER.expanduser() / f"{name}-{digest}.flashmoe"
-
-
 def _widen(dtype: str, config: dict[str, Any]) -> bool:
     if dtype == "auto":
         stated = config.get("dtype", config.get("torch_dtype"))
@@ -335,6 +283,13 @@ def _largest(config: dict[str, Any], key: str) -> int:
     levels = [config, *(value for value in config.values() if isinstance(value, dict))]
     values = [level.get(key) for level in levels]
     return max((value for value in values if isinstance(value, int)), default=0)
+
+
+def _kv_bytes(caches: list[Any], context: int, manifest: Manifest, widen: bool) -> int:
+    """The probe's caches are float32; what runs has 16-bit ones where activations are 16-bit."""
+    tensors = [tensor.dtype for shard in manifest.resident for tensor in shard.tensors]
+    narrow = not widen and ("BF16" in tensors or "F16" in tensors) and "F32" not in tensors
+    return cache_bytes(caches, context) // (2 if narrow else 1)
 
 
 def _bank_bytes(cache: str | int | None, demands: list[budget.LayerDemand]) -> int | None:

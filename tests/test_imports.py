@@ -16,7 +16,7 @@ FLOORS = [
     {"errors", "units", "machine", "dtypes", "demo"},
     {"store", "checkpoint", "io", "kernels"},
     {"streaming", "repacking"},
-    {"model", "generation"},
+    {"model", "generation", "library"},
     {"engine"},
     {"bench"},
     {"cli"},

@@ -20,6 +20,7 @@ COPIED_PATTERNS = (
     "*LICENSE*",
     "NOTICE*",
 )
+HUB_TIMEOUT_SECONDS = 10.0
 WEIGHT_PATTERN = "model*.safetensors"
 
 
@@ -46,6 +47,17 @@ class Checkpoint:
 def is_hub_id(text: str) -> bool:
     """Whether a text has the form of a Hub id, owner/name."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
+
+
+def hub_commit(repo: str, revision: str | None = None) -> str | None:
+    """The commit that a Hub model's revision stands for now, or None when the Hub does not say
+    (out of reach, no such model, no access)."""
+    from huggingface_hub import model_info
+
+    try:
+        return model_info(repo, revision=revision, timeout=HUB_TIMEOUT_SECONDS).sha
+    except Exception:  # whatever it is, `resolve` meets it again and says so
+        return None
 
 
 def resolve(source: str | Path, revision: str | None = None) -> Checkpoint:

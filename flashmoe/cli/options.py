@@ -76,7 +76,8 @@ def load(
 ) -> FlashMoEModel:
     """Load a model, with a progress bar while it is repacked on first use."""
     from flashmoe.cli.console import byte_progress
-    from flashmoe.engine import FlashMoEModel, check_options, open_model
+    from flashmoe.engine import FlashMoEModel, check_options
+    from flashmoe.library import open_model
 
     check_options(memory=memory, cache=cache, kernel=kernel, context=context)
     with byte_progress("repacking", quiet) as progress:

@@ -1,0 +1,124 @@
+"""Where models are found, and that nothing is fetched or repacked twice."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from families import save_checkpoint
+
+from flashmoe import OptionError, SourceError, StoreError
+from flashmoe.library import open_model
+from flashmoe.store.reader import Store
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+NEWER = "fedcba9876543210fedcba9876543210fedcba98"
+
+
+class Hub:
+    """A stand-in for the Hub: one model, at a commit that can move, that can be out of reach."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.commit = COMMIT
+        self.reachable = True
+        self.downloads: list[str | None] = []
+        save_checkpoint(folder / "files", "qwen3_moe", bits=None)
+
+    def model_info(self, repo: str, revision: str | None = None, **_: object) -> SimpleNamespace:
+        self._answer()
+        return SimpleNamespace(sha=self.commit)
+
+    def snapshot_download(self, repo: str, revision: str | None = None, **_: object) -> str:
+        self._answer()
+        self.downloads.append(revision)
+        snapshot = self.folder / "snapshots" / self.commit
+        shutil.copytree(self.folder / "files", snapshot, dirs_exist_ok=True)
+        return str(snapshot)
+
+    def _answer(self) -> None:
+        if not self.reachable:
+            raise ConnectionError("no route to host")
+
+
+@pytest.fixture
+def hub(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "model_info", hub.model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    return hub
+
+
+def test_a_hub_model_is_fetched_once(hub: Hub) -> None:
+    first = open_model("owner/name")
+    assert first.manifest.source.revision == COMMIT
+    downloads = len(hub.downloads)
+    shutil.rmtree(hub.folder / "snapshots")
+    assert open_model("owner/name") == first
+    assert len(hub.downloads) == downloads
+
+
+def test_a_newer_commit_is_another_model(hub: Hub) -> None:
+    first = open_model("owner/name")
+    hub.commit = NEWER
+    second = open_model("owner/name")
+    assert second.path != first.path
+    assert second.manifest.source.revision == NEWER
+
+
+def test_without_the_hub_the_newest_store_serves(hub: Hub) -> None:
+    open_model("owner/name")
+    hub.commit = NEWER
+    newest = open_model("owner/name")
+    hub.reachable = False
+    assert open_model("owner/name") == newest
+    with pytest.raises(SourceError, match="no route to host"):
+        open_model("owner/name", bits=8)
+    with pytest.raises(SourceError, match="no route to host"):
+        open_model("owner/other")
+
+
+def test_precisions_are_kept_apart(hub: Hub) -> None:
+    stores = [open_model("owner/name", bits=bits) for bits in (None, 3, 8)]
+    sizes = [store.manifest.streamed_bytes for store in stores]
+    assert len({store.path for store in stores}) == 3
+    assert sizes[1] <= sizes[0] <= sizes[2]
+
+
+@pytest.fixture
+def folder(home: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoint"
+    save_checkpoint(folder, "qwen3_moe")
+    return folder
+
+
+def written(store: Store) -> int:
+    return (store.path / "flashmoe.json").stat().st_mtime_ns
+
+
+def test_a_folder_is_repacked_once(folder: Path) -> None:
+    first = open_model(folder)
+    stamp = written(first)
+    assert written(open_model(folder)) == stamp
+    (folder / "generation_config.json").write_text("{}")
+    assert open_model(folder).path != first.path
+
+
+@pytest.mark.parametrize("as_text", [str, Path], ids=["text", "path"])
+def test_a_store_is_opened_where_it_is(folder: Path, as_text: Callable[[Path], object]) -> None:
+    store = open_model(folder)
+    assert open_model(as_text(store.path)).path == store.path  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="its bits are fixed"):
+        open_model(store.path, bits=4)
+
+
+def test_an_incomplete_store_is_called_so(folder: Path) -> None:
+    store = open_model(folder)
+    (store.path / "flashmoe.json").unlink()
+    (store.path / "repack.lock").touch()
+    with pytest.raises(StoreError, match="is not a complete flashmoe store"):
+        open_model(store.path)
