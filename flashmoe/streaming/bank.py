@@ -105,12 +105,14 @@ class LayerBank:
     def _bring(self, missing: list[int], pinned: set[int]) -> None:
         self._settle_pending()
         started = time.perf_counter()
-        slots = [self._take_slot(pinned) for _ in missing]
-        requests = [
-            ReadRequest(self._path, self._layer.record_offset(expert), self.memory.buffers(s, row))
-            for row, (expert, s) in enumerate(zip(missing, slots, strict=True))
-        ]
+        slots: list[int] = []
+        requests = []
         try:
+            for row, expert in enumerate(missing):
+                slots.append(self._take_slot(pinned))
+                buffers = self.memory.buffers(slots[-1], row)
+                offset = self._layer.record_offset(expert)
+                requests.append(ReadRequest(self._path, offset, buffers))
             self._reader.submit(requests).wait()
             self.memory.settle(slots)
         except BaseException:
