@@ -1,0 +1,81 @@
+/* Matrix products over packed weights on the CPU: the whole interface of the native library.
+ *
+ * Arithmetic is float32: w = scale * q + bias rounded once, products accumulated in a fixed order.
+ * A pair's result depends on its row of x and its slot's weights alone: not on the other pairs,
+ * the slot's number, or how many threads run. It does depend on the instruction set.
+ */
+#ifndef FLASHMOE_NATIVE_H
+#define FLASHMOE_NATIVE_H
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define FM_EXPORT __attribute__((visibility("default")))
+#else
+#define FM_EXPORT
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Formats of weights, and dtypes of scales. */
+enum {
+  FM_F32 = 0,
+  FM_BF16 = 1,
+  FM_F16 = 2,
+  FM_AFFINE = 3, /* MLX's: little-endian bit stream per row, w = scale * q + bias per group */
+  FM_MXFP4 = 4   /* e2m1 codes, 8 in a uint32, one e8m0 scale for each group of 32 */
+};
+
+/* Results. */
+enum {
+  FM_OK = 0,
+  FM_UNSUPPORTED = 1, /* a format, bits, group size, dtype or instruction set that is not covered */
+  FM_BAD_ARGUMENT = 2, /* a null pointer, a negative size or index, cols not a multiple of a group */
+  FM_NO_RESOURCES = 3 /* no memory or no thread */
+};
+
+/* Slots of equally shaped row-contiguous matrices. */
+typedef struct {
+  const void* weight; /* slot 0: uint32 [rows, cols * bits / 32], or floats [rows, cols] */
+  const void* scales; /* slot 0: [rows, cols / group_size]; NULL when not quantized */
+  const void* biases; /* like scales; NULL unless affine */
+  int64_t weight_slot_bytes; /* distance from one slot to the next */
+  int64_t scales_slot_bytes;
+  int64_t biases_slot_bytes;
+  int64_t rows; /* outputs */
+  int64_t cols; /* inputs */
+  int32_t format;
+  int32_t bits;        /* affine: 2, 3, 4, 5, 6, 8; mxfp4: 4; ignored for floats */
+  int32_t group_size;  /* affine: 32, 64, 128; mxfp4: 32; ignored for floats */
+  int32_t scale_dtype; /* affine: FM_F32, FM_BF16, FM_F16, biases too; otherwise ignored */
+} fm_matrix;
+
+/* y[p, :] = W[slots[p]] x[x_rows[p], :] for p in 0 .. n_pairs - 1.
+ *
+ * x float32 [*, cols], y float32 [n_pairs, rows], both row-contiguous. slots NULL: slot 0 for every
+ * pair; x_rows NULL: row p for pair p. Calls from several threads run one after the other.
+ */
+FM_EXPORT int fm_matmul(const float* x, const int32_t* x_rows, const int32_t* slots,
+                        int64_t n_pairs, const fm_matrix* w, float* y);
+
+/* The instruction set in use, the best that runs here unless chosen otherwise. */
+FM_EXPORT const char* fm_isa(void);
+
+/* Choose "avx512", "avx2", "neon" or "portable"; FM_UNSUPPORTED where it is not there. */
+FM_EXPORT int fm_use_isa(const char* name);
+
+/* Threads that share the work, the caller's included; as many as this process may use cores. */
+FM_EXPORT int fm_threads(void);
+
+/* Take n threads from the next call on; n < 1 goes back to one per usable core. */
+FM_EXPORT void fm_set_threads(int n);
+
+/* Changes whenever this interface does. */
+FM_EXPORT const char* fm_version(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,108 @@
+"""Loading the compiled library, and its C interface as ctypes sees it."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from flashmoe.errors import OptionError
+from flashmoe.native.build import LIBRARY
+
+VERSION = "1"
+F32, BF16, F16, AFFINE, MXFP4 = range(5)
+OK, UNSUPPORTED, BAD_ARGUMENT, NO_RESOURCES = range(4)
+
+
+class FmMatrix(ctypes.Structure):
+    """`fm_matrix` of flashmoe_native.h."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("biases", ctypes.c_void_p),
+        ("weight_slot_bytes", ctypes.c_int64),
+        ("scales_slot_bytes", ctypes.c_int64),
+        ("biases_slot_bytes", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("format", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("group_size", ctypes.c_int32),
+        ("scale_dtype", ctypes.c_int32),
+    )
+
+
+@cache
+def _load() -> Any:
+    """The library, or the reason (str) that it is not there."""
+    path = Path(__file__).with_name(LIBRARY)
+    if not path.exists():
+        return (
+            f"{path} was not built: install flashmoe where there is a C++ compiler, "
+            "or run python -m flashmoe.native.build"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.fm_version
+    except (OSError, AttributeError) as error:
+        return f"{path} cannot be loaded: {error}"
+    version.restype = ctypes.c_char_p
+    found = version().decode()
+    if found != VERSION:
+        return (
+            f"{path} has interface {found}, not {VERSION}: run python -m flashmoe.native.build"
+        )
+    library.fm_isa.restype = ctypes.c_char_p
+    library.fm_use_isa.argtypes = (ctypes.c_char_p,)
+    library.fm_set_threads.argtypes = (ctypes.c_int,)
+    library.fm_set_threads.restype = None
+    library.fm_matmul.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.POINTER(FmMatrix),
+        ctypes.c_void_p,
+    )
+    return library
+
+
+def available() -> str | None:
+    """None when the library can be used, otherwise why not."""
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+def library() -> Any:
+    """The loaded library; OptionError says why it is not there."""
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise OptionError(loaded)
+    return loaded
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    name: bytes = library().fm_isa()
+    return name.decode()
+
+
+def use_isa(name: str) -> None:
+    """Choose an instruction set: avx512, avx2, neon or portable.
+
+    Raises OptionError for one that this machine lacks.
+    """
+    if library().fm_use_isa(name.encode()) != OK:
+        raise OptionError(f"this machine does not run {name!r} kernels")
+
+
+def threads() -> int:
+    """How many threads share a product."""
+    return int(library().fm_threads())
+
+
+def set_threads(n: int) -> None:
+    """Share products among n threads; 0 means one per core that this process may use."""
+    library().fm_set_threads(n)
