@@ -10,17 +10,38 @@ import argparse
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
 
 from flashmoe import native
 
-SHAPES = {"Qwen3.5-397B up": (1024, 4096), "Qwen3-30B up": (768, 2048), "Qwen3-30B down": (2048, 768)}
+# Outputs and inputs of one expert's projection.
+SHAPES = {
+    "Qwen3.5-397B up": (1024, 4096),
+    "Qwen3-30B up": (768, 2048),
+    "Qwen3-30B down": (2048, 768),
+}
+SCALES = {"f32": mx.float32, "bf16": mx.bfloat16}
 BITS, GROUP_SIZE = 4, 64
 WORKING_SET_BYTES = 600_000_000
 PREFILL_SLOTS, PREFILL_ROWS = 8, 32
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table."""
+
+    model: str
+    shape: str
+    phase: str
+    scales: str
+    kernel: str
+    gweights_per_s: float
+    gbytes_per_s: float
 
 
 def best_seconds(run: Callable[[], object], repeats: int) -> float:
@@ -35,92 +56,89 @@ def best_seconds(run: Callable[[], object], repeats: int) -> float:
 def memory_bandwidth() -> dict[str, float]:
     """GB/s copied (counted once) and read, by as many threads as the kernels use."""
     source = np.ones(WORKING_SET_BYTES // 8)
-    target = np.empty_like(source)
+    target = np.zeros_like(source)
     cuts = np.linspace(0, len(source), native.threads() + 1).astype(int)
 
-    def everywhere(work: Callable[[slice], object]) -> Callable[[], None]:
-        def run() -> None:
-            parts = [slice(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-            workers = [threading.Thread(target=work, args=(part,)) for part in parts]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
+    def everywhere(work: Callable[[slice], object]) -> None:
+        parts = [threading.Thread(target=work, args=(slice(a, b),)) for a, b in pairwise(cuts)]
+        for part in parts:
+            part.start()
+        for part in parts:
+            part.join()
 
-        return run
+    def copy(part: slice) -> None:
+        np.copyto(target[part], source[part])
 
-    copying = best_seconds(everywhere(lambda part: np.copyto(target[part], source[part])), 4)
-    reading = best_seconds(everywhere(lambda part: source[part].max()), 4)
+    def read(part: slice) -> None:
+        source[part].max()
+
+    copying = best_seconds(lambda: everywhere(copy), 4)
+    reading = best_seconds(lambda: everywhere(read), 4)
     return {"memcpy": source.nbytes / copying / 1e9, "read": source.nbytes / reading / 1e9}
 
 
-def random_weights(n_slots: int, rows: int, cols: int, dtype: mx.Dtype) -> list[mx.array]:
-    rng = np.random.default_rng(0)
-    weight = mx.array(rng.integers(0, 2**32, (n_slots, rows, cols * BITS // 32), np.uint32))
-    scales = mx.array(rng.random((n_slots, rows, cols // GROUP_SIZE), np.float32) * 0.01)
-    arrays = [weight, scales.astype(dtype), (scales * -7.5).astype(dtype)]
-    mx.eval(arrays)
-    return arrays
+@dataclass(frozen=True)
+class Bench:
+    """Random weights of one shape, and how fast products with them are."""
 
+    model: str
+    rows: int
+    cols: int
+    scales: str
 
-def measure(label: str, shape: tuple[int, int], isas: list[str], with_mlx: bool) -> list[dict]:
-    rows, cols = shape
-    results = []
-    slot_bytes = rows * cols * BITS // 8 + rows * cols // GROUP_SIZE * 2 * 4
-    many = -(-WORKING_SET_BYTES // slot_bytes)
-    phases = {"decode": (many, 1), "prefill": (PREFILL_SLOTS, PREFILL_ROWS)}
-    for dtype, dtype_name in ((mx.float32, "f32"), (mx.bfloat16, "bf16")):
-        weights = random_weights(many, rows, cols, dtype)
+    def weights(self) -> list[mx.array]:
+        rng = np.random.default_rng(0)
+        values = self.rows * self.cols
+        scale_bytes = SCALES[self.scales].size
+        slot_bytes = values * BITS // 8 + 2 * scale_bytes * values // GROUP_SIZE
+        n_slots = -(-WORKING_SET_BYTES // slot_bytes)
+        words = (n_slots, self.rows, self.cols * BITS // 32)
+        scales = rng.random((n_slots, self.rows, self.cols // GROUP_SIZE), np.float32) * 0.01
+        arrays = [mx.array(rng.integers(0, 2**32, words, np.uint32))]
+        arrays += [mx.array(a).astype(SCALES[self.scales]) for a in (scales, scales * -7.5)]
+        mx.eval(arrays)
+        return arrays
+
+    def run(self, isas: list[str], with_mlx: bool) -> Iterator[Result]:
+        weights = self.weights()
+        n_slots = len(weights[0])
+        yield from self.phase("decode", weights, n_slots, 1, isas, with_mlx)
+        yield from self.phase("prefill", weights, PREFILL_SLOTS, PREFILL_ROWS, isas, with_mlx)
+
+    def phase(
+        self,
+        name: str,
+        weights: list[mx.array],
+        n_slots: int,
+        per_slot: int,
+        isas: list[str],
+        with_mlx: bool,
+    ) -> Iterator[Result]:
         matrix = native.matrix(*weights, bits=BITS, group_size=GROUP_SIZE)
-        bytes_per_slot = sum(array.nbytes for array in weights) / many
-        for phase, (n_slots, per_slot) in phases.items():
-            slots = np.repeat(np.arange(n_slots, dtype=np.int32), per_slot)
-            x = np.random.default_rng(1).standard_normal((len(slots), cols), np.float32)
-            out = np.empty((len(slots), rows), np.float32)
+        slots = np.repeat(np.arange(n_slots, dtype=np.int32), per_slot)
+        x = np.random.default_rng(1).standard_normal((len(slots), self.cols), np.float32)
+        out = np.empty((len(slots), self.rows), np.float32)
 
-            def add(
-                kernel: str,
-                seconds: float,
-                phase: str = phase,
-                n_slots: int = n_slots,
-                per_slot: int = per_slot,
-                dtype_name: str = dtype_name,
-                bytes_per_slot: float = bytes_per_slot,
-            ) -> None:
-                macs = n_slots * per_slot * rows * cols
-                results.append(
-                    {
-                        "shape": f"{cols}x{rows}",
-                        "model": label,
-                        "phase": phase,
-                        "scales": dtype_name,
-                        "kernel": kernel,
-                        "gweights_per_s": macs / seconds / 1e9,
-                        "gbytes_per_s": n_slots * bytes_per_slot / seconds / 1e9,
-                    }
-                )
+        def result(kernel: str, seconds: float) -> Result:
+            products = len(slots) * self.rows * self.cols
+            read = n_slots * sum(a.nbytes // len(a) for a in weights)
+            shape = f"{self.cols}x{self.rows}"
+            rates = products / seconds / 1e9, read / seconds / 1e9
+            return Result(self.model, shape, name, self.scales, kernel, *rates)
 
-            for isa in isas:
-                native.use_isa(isa)
-                run = lambda: native.matmul(x, matrix, slots, out=out)  # noqa: B023, E731
-                run()
-                add(isa, best_seconds(run, 5))
-            if with_mlx and dtype == mx.float32:
-                xs, ids = mx.array(x)[:, None], mx.array(slots)
-                mx.eval(xs, ids)
-                run = lambda: mx.eval(  # noqa: E731
-                    mx.gather_qmm(
-                        xs,  # noqa: B023
-                        *weights,  # noqa: B023
-                        rhs_indices=ids,  # noqa: B023
-                        transpose=True,
-                        group_size=GROUP_SIZE,
-                        bits=BITS,
-                    )
-                )
-                add("mlx gather_qmm", best_seconds(run, 2))
-        del weights, matrix
-    return results
+        for isa in isas:
+            native.use_isa(isa)
+            native.matmul(x, matrix, slots, out=out)
+            yield result(isa, best_seconds(lambda: native.matmul(x, matrix, slots, out=out), 5))
+        if with_mlx and self.scales == "f32":
+            xs, ids = mx.array(x)[:, None], mx.array(slots)
+            packing = {"transpose": True, "bits": BITS, "group_size": GROUP_SIZE}
+            mx.eval(xs, ids)
+
+            def stock() -> None:
+                mx.eval(mx.gather_qmm(xs, *weights, rhs_indices=ids, **packing))
+
+            yield result("mlx gather_qmm", best_seconds(stock, 2))
 
 
 def main() -> None:
@@ -131,11 +149,15 @@ def main() -> None:
     options = parser.parse_args()
     bandwidth = memory_bandwidth()
     isas = options.isa or [native.isa()]
-    results = []
-    for label, shape in SHAPES.items():
-        results += measure(label, shape, isas, not options.no_mlx)
+    results = [
+        result
+        for model, (rows, cols) in SHAPES.items()
+        for scales in SCALES
+        for result in Bench(model, rows, cols, scales).run(isas, not options.no_mlx)
+    ]
     if options.json:
-        print(json.dumps({"threads": native.threads(), "bandwidth": bandwidth, "results": results}))
+        rows = [asdict(result) for result in results]
+        print(json.dumps({"threads": native.threads(), "bandwidth": bandwidth, "results": rows}))
         return
     print(
         f"{native.threads()} threads; memory: copies {bandwidth['memcpy']:.1f} GB/s, "
@@ -144,10 +166,10 @@ def main() -> None:
     columns = f"{'model':<16} {'in x out':<10} {'phase':<8} {'scales':<6} {'kernel':<15}"
     print(f"{columns} {'G weights/s':>11} {'GB/s':>6} {'of read':>8}")
     for r in results:
-        share = f"{r['gbytes_per_s'] / bandwidth['read']:.0%}" if r["phase"] == "decode" else ""
+        share = f"{r.gbytes_per_s / bandwidth['read']:.0%}" if r.phase == "decode" else ""
         print(
-            f"{r['model']:<16} {r['shape']:<10} {r['phase']:<8} {r['scales']:<6} "
-            f"{r['kernel']:<15} {r['gweights_per_s']:>11.1f} {r['gbytes_per_s']:>6.1f} {share:>8}"
+            f"{r.model:<16} {r.shape:<10} {r.phase:<8} {r.scales:<6} {r.kernel:<15} "
+            f"{r.gweights_per_s:>11.1f} {r.gbytes_per_s:>6.1f} {share:>8}"
         )
 
 

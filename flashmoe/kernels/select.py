@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from flashmoe import native
 from flashmoe.errors import OptionError
+from flashmoe.kernels import cpu, reference
 from flashmoe.kernels.contract import ExpertKernel
-from flashmoe.kernels.reference import expert_forward
 
-_KERNELS: dict[str, ExpertKernel] = {"reference": expert_forward}
 AUTO = "reference"
 
 
 def kernel_names() -> list[str]:
     """The values that `kernel=` accepts."""
-    return ["auto", *_KERNELS]
+    return ["auto", *_kernels()]
 
 
 def select_kernel(name: str = "auto") -> ExpertKernel:
@@ -21,6 +21,17 @@ def select_kernel(name: str = "auto") -> ExpertKernel:
     Raises OptionError for a name that does not exist on this machine.
     """
     chosen = AUTO if name == "auto" else name
-    if chosen not in _KERNELS:
-        raise OptionError(f"kernel must be one of {kernel_names()}, not {name!r}")
-    return _KERNELS[chosen]
+    kernels = _kernels()
+    if chosen in kernels:
+        return kernels[chosen]
+    reason = native.available() if chosen == "cpu" else None
+    if reason is not None:
+        raise OptionError(f"kernel cpu is not there: {reason}")
+    raise OptionError(f"kernel must be one of {kernel_names()}, not {name!r}")
+
+
+def _kernels() -> dict[str, ExpertKernel]:
+    kernels: dict[str, ExpertKernel] = {"reference": reference.expert_forward}
+    if native.available() is None:
+        kernels["cpu"] = cpu.expert_forward
+    return kernels

@@ -4,11 +4,13 @@ Knows formats and threads; knows no experts and no models.
 """
 
 from flashmoe.native.library import available, isa, set_threads, threads, use_isa
-from flashmoe.native.matrix import Matrix, matmul, matrix
+from flashmoe.native.matrix import Matrix, covers, covers_floats, matmul, matrix
 
 __all__ = [
     "Matrix",
     "available",
+    "covers",
+    "covers_floats",
     "isa",
     "matmul",
     "matrix",

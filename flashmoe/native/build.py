@@ -26,22 +26,23 @@ FLAGS = (
     "-Wextra",
     "-pthread",
 )
-_COMMON = {"matmul.cpp": (), "rows.cpp": (), "pool.cpp": (), "dispatch.cpp": ()}
+_Sources = dict[str, tuple[str, ...]]
+_COMMON: _Sources = {"matmul.cpp": (), "rows.cpp": (), "pool.cpp": (), "dispatch.cpp": ()}
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
-_X86 = {"kernels_avx512.cpp": _AVX512, "kernels_avx2.cpp": _AVX2}
-_ARM = {"kernels_neon.cpp": ()}
-_PORTABLE = {"kernels_portable.cpp": ()}
+_X86: _Sources = {"kernels_avx512.cpp": _AVX512, "kernels_avx2.cpp": _AVX2}
+_ARM: _Sources = {"kernels_neon.cpp": ()}
+_PORTABLE: _Sources = {"kernels_portable.cpp": ()}
 
 
 class CompilationError(Exception):
     """No compiler, or it refused; the text says which."""
 
 
-def sources(machine: str | None = None) -> dict[str, tuple[str, ...]]:
+def sources(machine: str | None = None) -> _Sources:
     """Each source file for a machine (this one unless named) with the flags that only it takes."""
     machine = platform.machine() if machine is None else machine
-    own: dict[str, tuple[str, ...]] = {}
+    own: _Sources = {}
     if machine in ("x86_64", "AMD64"):
         own = _X86
     elif machine in ("arm64", "aarch64"):

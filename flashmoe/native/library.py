@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe.errors import OptionError
-from flashmoe.native.build import LIBRARY
 
-VERSION = "1"
+LIBRARY = "libflashmoe.so"  # as build.py names it
+VERSION = "1"  # of the interface, as matmul.cpp states it
 F32, BF16, F16, AFFINE, MXFP4 = range(5)
 OK, UNSUPPORTED, BAD_ARGUMENT, NO_RESOURCES = range(4)
 
@@ -51,9 +51,7 @@ def _load() -> Any:
     version.restype = ctypes.c_char_p
     found = version().decode()
     if found != VERSION:
-        return (
-            f"{path} has interface {found}, not {VERSION}: run python -m flashmoe.native.build"
-        )
+        return f"{path} has interface {found}, not {VERSION}: run python -m flashmoe.native.build"
     library.fm_isa.restype = ctypes.c_char_p
     library.fm_use_isa.argtypes = (ctypes.c_char_p,)
     library.fm_set_threads.argtypes = (ctypes.c_int,)

@@ -85,6 +85,18 @@ def matrix(
     return Matrix(n_slots, rows, cols, described, arrays)
 
 
+def covers(mode: str, bits: int, group_size: int) -> bool:
+    """Whether weights packed so can be multiplied."""
+    if mode == "mxfp4":
+        return (bits, group_size) == (4, 32)
+    return mode == "affine" and bits in (2, 3, 4, 5, 6, 8) and group_size in (32, 64, 128)
+
+
+def covers_floats(dtype: mx.Dtype) -> bool:
+    """Whether unquantized weights of that dtype can be multiplied."""
+    return dtype in FLOATS
+
+
 def matmul(
     x: npt.NDArray[np.float32],
     w: Matrix,

@@ -9,7 +9,7 @@ namespace {
 
 // Columns are taken in blocks: scratch arrays have a fixed size and stay in cache, and sums of
 // sums round less. The same blocks on every path, because they decide how sums round.
-constexpr int64_t kColumns = 2048;
+constexpr int64_t kColumns = 1024;
 constexpr int64_t kChunk = 96;  // pairs that share one expansion of the weights to floats
 constexpr int64_t kMostGroups = kColumns / kBlock;
 

@@ -12,7 +12,7 @@ struct Simd {
   using Vector = __m256;
   static constexpr const char* kName = "avx2";
   static constexpr int kLanes = 8;
-  static constexpr Shape kSingle = {8, 1}, kFew = {2, 4}, kMany = {3, 4};
+  static constexpr Shape kSingle = {4, 1}, kFew = {2, 4}, kMany = {3, 4};
 
   static Vector load(const float* at) { return _mm256_loadu_ps(at); }
   static void store(float* at, Vector v) { _mm256_storeu_ps(at, v); }

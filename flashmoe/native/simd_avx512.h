@@ -15,7 +15,7 @@ struct Simd {
   using Vector = __m512;
   static constexpr const char* kName = "avx512";
   static constexpr int kLanes = 16;
-  static constexpr Shape kSingle = {8, 1}, kFew = {4, 4}, kMany = {4, 6};
+  static constexpr Shape kSingle = {4, 1}, kFew = {4, 4}, kMany = {4, 6};
 
   static Vector load(const float* at) { return _mm512_loadu_ps(at); }
   static void store(float* at, Vector v) { _mm512_storeu_ps(at, v); }
