@@ -15,7 +15,9 @@ help:
 
 setup: $(VENV)/dev.stamp
 
-$(VENV)/run.stamp: pyproject.toml
+NATIVE := $(wildcard flashmoe/native/*.cpp flashmoe/native/*.h flashmoe/native/*.inl)
+
+$(VENV)/run.stamp: pyproject.toml setup.py flashmoe/native/build.py $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flashmoe needs Python 3.11 or newer; run make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
@@ -49,5 +51,5 @@ bench: setup
 	$(BIN)/flashmoe bench decode
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info flashmoe/native/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

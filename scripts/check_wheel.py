@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = (
     "flashmoe/py.typed",
     "flashmoe/metal/README.md",
+    "flashmoe/native/libflashmoe.so",
     "flashmoe/demo/model.safetensors",
     "flashmoe/demo/tokenizer.json",
     "flashmoe/demo/chat_template.jinja",
