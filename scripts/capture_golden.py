@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from golden_families import FAMILIES, VOCAB_SIZE
+from golden_families import FAMILIES
+from golden_shared import VOCAB_SIZE
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -132,19 +133,19 @@ def routing_margin(
     router: torch.nn.Module, logits: torch.Tensor, bias: torch.Tensor | None, top_k: int
 ) -> float:
     """Return how far router `logits` [tokens, experts] are from selecting other experts."""
-    if bias is None:
-        return top_k_margin(logits, top_k)
-    scores = logits.sigmoid() + bias
-    groups = getattr(router, "num_group", 1)
+    groups = getattr(router, "num_group", 1) or 1
+    scores = logits if bias is None else logits.sigmoid() + bias
     if groups == 1:
         return top_k_margin(scores, top_k)
     grouped = scores.view(len(scores), groups, -1)
-    group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
+    # With a correction bias a group counts by its two best experts, otherwise by its best.
+    group_scores = grouped.topk(1 if bias is None else 2, dim=-1).values.sum(dim=-1)
     kept = torch.zeros_like(group_scores)
     kept.scatter_(1, group_scores.topk(router.topk_group, dim=-1).indices, 1)
-    # Implementations disagree on whether a dropped group scores 0 or -inf. With 0 here, a seed is
-    # taken only if the k-th score is above 0, where both select the same experts.
-    masked = (grouped * kept[..., None]).view_as(scores)
+    # Implementations disagree on whether a dropped group scores 0 or -inf. With a bias, the lower
+    # bound of 0 takes a seed only if the k-th score is above 0, where both select the same experts.
+    dropped = -torch.inf if bias is None else 0.0
+    masked = grouped.masked_fill(kept[..., None] == 0, dropped).view_as(scores)
     return min(top_k_margin(group_scores, router.topk_group), top_k_margin(masked, top_k))
 
 
@@ -158,13 +159,18 @@ def recorded_routing(model: PreTrainedModel) -> Iterator[list[Routing]]:
         inputs: tuple[torch.Tensor, ...],
         outputs: tuple[torch.Tensor, ...],
     ) -> None:
-        logits, _, selected = outputs
+        if len(outputs) == 2:  # the scores of all experts, zero where not selected, and the logits
+            logits, selected = outputs[1], outputs[1].topk(router.top_k, dim=-1).indices
+        else:
+            logits, _, selected = outputs
+        if (logits >= 0).all():  # probabilities
+            logits = logits.log()
         # Some routers own their correction bias, others are given it.
         bias = inputs[1] if len(inputs) > 1 else getattr(router, "e_score_correction_bias", None)
         margin = routing_margin(router, logits, bias, selected.shape[-1])
         routings.append(Routing(len(selected.unique()), logits.shape[-1], margin))
 
-    routers = [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
+    routers = [m for m in model.modules() if type(m).__name__.endswith("Router")]
     handles = [router.register_forward_hook(record) for router in routers]
     try:
         yield routings

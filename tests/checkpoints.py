@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from flashmoe.store.reader import Store
 # dtype, shape, bytes
 Tensor = tuple[str, tuple[int, ...], bytes]
 
+GOLDEN = Path(__file__).parent / "golden"
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
@@ -91,6 +94,20 @@ def save_float(folder: Path, config: dict[str, Any], *, dtype: mx.Dtype = mx.flo
     """Writes an unquantized random model of `config`."""
     save_model(folder, build_model(config, 0, dtype))
     save_config(dict(config), folder / "config.json")
+
+
+def save_shards(checkpoint: Path, folder: Path, n_shards: int = 3) -> None:
+    """Writes a checkpoint's tensors again, in turn to model-0.safetensors and so on."""
+    folder.mkdir()
+    arrays = mlx_arrays(checkpoint)
+    names = sorted(arrays)
+    weight_map: dict[str, str] = {}
+    for shard in range(n_shards):
+        part = {name: arrays[name] for name in names[shard::n_shards]}
+        mx.save_safetensors(str(folder / f"model-{shard}.safetensors"), part)
+        weight_map |= dict.fromkeys(part, f"model-{shard}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    shutil.copy(checkpoint / "config.json", folder)
 
 
 def add_tokenizer(folder: Path, vocabulary: int = 128) -> None:

@@ -1,48 +1,35 @@
 """Fixtures that several test modules share; Hypothesis draws the same examples every time."""
 
-import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
-from typing import Any
 
+import huggingface_hub
+import mlx.nn as nn
 import pytest
+from commands import FLASHMOE, Result, Run
+from families import save_checkpoint
+from hub import Hub
 from hypothesis import settings
+from places import save_places
+from sessions import resident_model
+from stores import folder_content, tiny_store, write_one_layer
+
+from flashmoe import FlashMoEModel, repack
+from flashmoe.cli.main import main
+from flashmoe.demo import DEMO_FOLDER
+from flashmoe.store.reader import Store
 
 settings.register_profile("seeded", derandomize=True, database=None, deadline=None)
 settings.load_profile("seeded")
 
-FLASHMOE = Path(sys.executable).with_name("flashmoe")
 
-
-@dataclass(frozen=True)
-class Result:
-    """What a command printed, and its exit code."""
-
-    code: int
-    out: str
-    err: str
-
-    def json(self) -> Any:
-        """The one line of JSON that is all of stdout, from a command that worked."""
-        assert (self.code, self.err) == (0, "")
-        line, end, rest = self.out.partition("\n")
-        assert (end, rest) == ("\n", "")
-        return json.loads(line)
-
-
-@pytest.fixture(scope="session")
-def demo_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled demo model as a store."""
-    from flashmoe import repack
-    from flashmoe.demo import DEMO_FOLDER
-
-    return repack(DEMO_FOLDER, tmp_path_factory.mktemp("demo") / "demo.flashmoe").path
+# Where things are read and written
 
 
 @pytest.fixture
@@ -55,12 +42,106 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run_cli(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., Result]:
-    """`run_cli(*args, stdin=b"")` runs the command line in this process, HOME being `home`."""
-    from flashmoe.cli.main import main
+def source(tmp_path: Path) -> Path:
+    """Where a test may save a checkpoint; nothing is there."""
+    return tmp_path / "source"
 
+
+@pytest.fixture
+def dest(tmp_path: Path) -> Path:
+    """Where a test may write a store; nothing is there."""
+    return tmp_path / "dest.flashmoe"
+
+
+@pytest.fixture
+def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Syncing is what takes a writer's time; a closed descriptor is still an error."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: os.fstat(descriptor) and None)
+
+
+@pytest.fixture
+def hub(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """All that is asked of the Hub is asked of this one."""
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "model_info", hub.model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    return hub
+
+
+# The demo model
+
+
+@pytest.fixture(scope="session")
+def demo_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled demo model as a store."""
+    return repack(DEMO_FOLDER, tmp_path_factory.mktemp("demo") / "demo.flashmoe").path
+
+
+@pytest.fixture(scope="module")
+def demo(demo_store: Path) -> Iterator[FlashMoEModel]:
+    """The demo model with every expert in its bank."""
+    with FlashMoEModel.from_pretrained(demo_store, memory="4GB") as model:
+        assert set(model.memory_plan.slots) == {32}
+        yield model
+
+
+@pytest.fixture
+def small_demo(demo_store: Path) -> Iterator[FlashMoEModel]:
+    """The demo model with the smallest bank that works."""
+    with FlashMoEModel.from_pretrained(demo_store, cache="min") as model:
+        yield model
+
+
+# Tiny models, checkpoints and stores, which no test may change
+
+
+@pytest.fixture(scope="session")
+def float_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A qwen3_moe checkpoint in float32: layer 0 is dense, layers 1 and 2 have 8 experts."""
+    folder = tmp_path_factory.mktemp("float_qwen")
+    save_checkpoint(folder, "qwen3_moe", bits=None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def places(demo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What commands may be pointed at, good and bad, by the name that cases call it."""
+    return {**save_places(tmp_path_factory.mktemp("places")), "demo": demo_store}
+
+
+@pytest.fixture(scope="session")
+def good_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store of two layers of random bytes."""
+    return tiny_store(tmp_path_factory.mktemp("good") / "tiny.flashmoe")
+
+
+@pytest.fixture
+def store_folder(good_store: Store, dest: Path) -> Path:
+    """A copy of that store, for the test to damage."""
+    return shutil.copytree(good_store.path, dest)
+
+
+@pytest.fixture(scope="session")
+def one_layer_files(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, bytes]]:
+    """The files of the one-layer stores with seeds 0 and 1."""
+    root = tmp_path_factory.mktemp("one_layer")
+    for seed in (0, 1):
+        write_one_layer(root / str(seed), seed)
+    return [folder_content(root / str(seed)) for seed in (0, 1)]
+
+
+@pytest.fixture
+def qwen() -> nn.Module:
+    """A resident qwen3_moe, the model of most sessions."""
+    return resident_model("qwen3_moe")
+
+
+# The command line
+
+
+@pytest.fixture
+def run_cli(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """`run_cli(*args, stdin=b"")` runs the command line in this process, HOME being `home`."""
     # pytest's own handlers would keep from stderr what a real run logs there.
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
 
@@ -78,7 +159,7 @@ def run_cli(
 
 
 @pytest.fixture
-def run_process(home: Path) -> Callable[..., Result]:
+def run_process(home: Path) -> Run:
     """`run_process(*args, stdin=b"", env={})` runs the installed command, HOME being `home`."""
 
     def run(*args: object, stdin: bytes = b"", env: dict[str, str] | None = None) -> Result:
@@ -86,7 +167,7 @@ def run_process(home: Path) -> Callable[..., Result]:
             [str(FLASHMOE), *map(str, args)],
             input=stdin,
             capture_output=True,
-            env={**os.environ, "HOME": str(home), **(env or {})},
+            env={**os.environ, **(env or {})},
             timeout=60,
             check=False,
         )

@@ -1,4 +1,4 @@
-"""Tiny stores made through `StoreWriter`, without any model."""
+"""Tiny stores made through `StoreWriter`, without any model, and how opening them may fail."""
 
 import contextlib
 import random
@@ -7,13 +7,18 @@ import tracemalloc
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from refusals import refused
+
+from flashmoe.errors import StoreError
 from flashmoe.store.layout import LayerLayout, Quantization, TensorSpec, lay_out_record
 from flashmoe.store.manifest import Manifest, Source
 from flashmoe.store.reader import Store, open_store
 from flashmoe.store.writer import StoreWriter
 
 CONFIG = b'{"model_type": "tiny"}\n'
+LAYER_FILE = "experts/layer-000.safetensors"
 RESIDENT_FILE = "resident-00001-of-00001.safetensors"
+ONE_LAYER_FILES = ["config.json", LAYER_FILE, "flashmoe.json", RESIDENT_FILE]
 SOURCE = Source("owner/tiny", "main", {"model.safetensors": "ab" * 32})
 
 # 4 KiB exactly (no padding behind it), 192 and 140 bytes: components at 0, 4096 and 8192.
@@ -97,6 +102,20 @@ def write_tiny(folder: Path, seed: int = 0, *, n_layers: int = 2, force: bool = 
     write_store(folder, layers, resident_contents(seed), force=force)
 
 
+def write_one_layer(folder: Path, seed: int = 0, *, force: bool = False) -> None:
+    """A store of one layer; `ONE_LAYER_FILES` are its files."""
+    write_tiny(folder, seed, n_layers=1, force=force)
+
+
+def folder_content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its relative path."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
 def tiny_store(folder: Path, seed: int = 0, *, n_layers: int = 2) -> Store:
     """A complete store of `n_layers` layers with 4 experts of 3 components each, top-k 2."""
     write_tiny(folder, seed, n_layers=n_layers)
@@ -129,3 +148,9 @@ def frugal(limit_bytes: int = 5_000_000, seconds: float = 1.0) -> Iterator[None]
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
     assert peak_bytes < limit_bytes
+
+
+def refuse_to_open(folder: Path, *words: str) -> None:
+    """`open_store` gives up quickly, in little memory, with an error that says every word."""
+    with frugal(), refused(StoreError, *words):
+        open_store(folder)

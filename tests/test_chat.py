@@ -16,9 +16,7 @@ from fcntl import ioctl
 from pathlib import Path
 
 import pytest
-from conftest import FLASHMOE, Result
-
-Run = Callable[..., Result]
+from commands import FLASHMOE, Run
 
 # Makes the pseudo-terminal the one that Ctrl-C comes from, then becomes flashmoe.
 LAUNCH = """
@@ -183,7 +181,10 @@ def test_ctrl_c_stops_an_answer_and_no_more(open_chat: Callable[..., Terminal], 
         chat.expect(r" \(stopped\)\n")
         assert 0 < int(chat.expect(STATS_LINE)["tokens"]) < 1000
         chat.expect("^> $")
-    chat.send("half a li" + CTRL_C)
+    # Once the line shows, the program is waiting for keys and not on its way there.
+    chat.send("half a li")
+    chat.expect("^half a li$")
+    chat.send(CTRL_C)
     chat.expect(r"\(Ctrl-D or /exit leaves\)\n> $")
     chat.send("/stats\n")
     chat.expect(r"\d+ generated")

@@ -1,11 +1,17 @@
 import copy
 import json
+import math
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flashmoe.checkpoint.config import fill_missing, missing_arguments, normalize, read_config
+from flashmoe.checkpoint.config import (
+    fill_missing,
+    normalize,
+    read_config,
+    with_older_layer_types,
+)
 from flashmoe.errors import SourceError
 
 # "none" is no model type, so that transformers adds nothing.
@@ -93,6 +99,34 @@ class TestRope:
         config = BASE | {"rope_parameters": YARN, "rope_theta": 1.0, "rope_scaling": None}
         assert added(config) == {}
 
+    def test_older_keys_alone(self):
+        config = {"model_type": "qwen3_next", "rope_theta": 5e6, "partial_rotary_factor": 0.5}
+        rope = {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5}
+        assert added(config)["rope_parameters"] == rope
+        config |= {"rope_scaling": {"type": "yarn", "factor": 4.0}}
+        assert added(config)["rope_parameters"] == rope | {
+            "rope_type": "yarn",
+            "type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32_768,
+        }
+
+    def test_an_attention_factor_of_yarn(self):
+        tables = {
+            "full_attention": {"rope_type": "yarn", "factor": math.e, "attention_factor": 1.2},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
+        result = normalize(BASE | {"rope_parameters": tables})["rope_parameters"]
+        assert result["full_attention"]["mscale"] == pytest.approx(2.0)
+        assert result["sliding_attention"] == tables["sliding_attention"]
+        flat = normalize(BASE | {"rope_scaling": tables["full_attention"]})["rope_scaling"]
+        assert flat == result["full_attention"]
+
+    @pytest.mark.parametrize("own", [{}, {"factor": 1.0}, {"mscale": 0.5}, {"rope_type": "linear"}])
+    def test_no_scale_to_state(self, own):
+        rope = {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.2 if own else None} | own
+        assert normalize(BASE | {"rope_parameters": rope})["rope_parameters"] == rope
+
 
 class TestLayerPattern:
     @pytest.mark.parametrize(
@@ -129,6 +163,38 @@ class TestLayerPattern:
         config = BASE | {"layer_types": pattern("lllf"), "full_attention_interval": 9}
         config |= {"mlp_layer_types": ["dense", "sparse"], "first_k_dense_replace": 7}
         assert added(config) == {}
+
+
+class TestLayerOverrides:
+    KINDS = pattern("sf" * 5 + "f")
+
+    def test_full_attention_layers(self):
+        own = {"head_dim": 32, "num_key_value_heads": 1}
+        layers = dict.fromkeys(("01", "3", "05", "07", "09", "10"), own)
+        config = BASE | {"layer_types": self.KINDS, "per_layer_config": layers, "head_dim": 16}
+        assert added(config) == {"global_head_dim": 32, "num_global_key_value_heads": 1}
+
+    def test_without_any(self):
+        config = BASE | {"layer_types": self.KINDS, "per_layer_config": {}, "head_dim": 16}
+        assert added(config) == {"global_head_dim": 16}
+
+    @pytest.mark.parametrize("layers", [None, {"1": {"head_dim": 32}}, {"one": {"head_dim": 32}}])
+    def test_layers_that_differ_say_nothing(self, layers):
+        config = BASE | {"layer_types": self.KINDS, "per_layer_config": layers}
+        assert added(config) == {}
+
+
+class TestOlderLayerTypes:
+    def test_renamed(self):
+        config = BASE | {"layer_types": [*pattern("lf"), "conv"]}
+        assert with_older_layer_types(config) == BASE | {
+            "layer_types": ["mamba", "attention", "conv"]
+        }
+        assert config["layer_types"] == [*pattern("lf"), "conv"]
+
+    @pytest.mark.parametrize("kinds", [None, [], ["mamba", "attention"], pattern("s")])
+    def test_nothing_to_rename(self, kinds):
+        assert with_older_layer_types(BASE | {"layer_types": kinds}) is None
 
 
 class TestAliases:
@@ -170,69 +236,15 @@ class TestLevels:
         assert result["vision_config"] == {"depth": 3}
         assert set(result) == set(config)
 
+    def test_the_vocabulary_of_a_nested_text_config(self):
+        text = BASE | {"vocab_size": 128}
+        assert added({"model_type": "none", "text_config": text}) == {"vocab_size": 128}
+        assert added({"model_type": "none", "text_config": text, "vocab_size": 64}) == {}
 
-class TestFillMissing:
-    @pytest.mark.parametrize(
-        ("stated", "name"),
-        [
-            ("num_local_experts", "num_experts"),
-            ("n_routed_experts", "num_local_experts"),
-            ("moe_num_experts", "n_routed_experts"),
-            ("num_experts_per_token", "num_experts_per_tok"),
-            ("moe_topk", "num_experts_per_tok"),
-            ("moe_k", "top_k_experts"),
-            ("layer_norm_epsilon", "rms_norm_eps"),
-            ("norm_eps", "layer_norm_eps"),
-        ],
-    )
-    def test_synonyms(self, stated, name):
-        assert fill_missing(BASE | {stated: 5}, [name]) == BASE | {stated: 5, name: 5}
-
-    def test_synonyms_that_agree(self):
-        config = BASE | {"num_local_experts": 8, "moe_num_experts": 8, "n_routed_experts": None}
-        assert fill_missing(config, ["num_experts"])["num_experts"] == 8
-
-    def test_synonyms_that_contradict(self):
-        config = BASE | {"num_local_experts": 8, "moe_num_experts": 16}
-        with pytest.raises(SourceError, match="lacks 'num_experts'"):
-            fill_missing(config, ["num_experts"])
-
-    def test_arithmetic(self):
-        assert fill_missing(BASE, ["head_dim"])["head_dim"] == 16
-        assert fill_missing(BASE, ["num_key_value_heads"])["num_key_value_heads"] == 4
-        config = BASE | {"head_dim": 128, "partial_rotary_factor": 0.25}
-        assert fill_missing(config, ["rotary_dim"])["rotary_dim"] == 32
-        assert fill_missing(BASE, ["shared_intermediate_size"])["shared_intermediate_size"] == 0
-
-    def test_one_derived_from_another(self):
-        config = BASE | {"partial_rotary_factor": 0.5}
-        filled = fill_missing(config, ["head_dim", "rotary_dim"])
-        assert (filled["head_dim"], filled["rotary_dim"]) == (16, 8)
-
-    def test_transformers_defaults(self):
-        config = {"model_type": "mixtral", "hidden_size": 64, "num_attention_heads": 4}
-        assert fill_missing(config, ["num_local_experts"])["num_local_experts"] == 8
-        assert fill_missing(config, ["vocab_size"])["vocab_size"] == 32_000
-
-    @pytest.mark.parametrize("model_type", ["none", "mixtral"])
-    def test_an_underivable_key(self, model_type):
-        with pytest.raises(SourceError) as caught:
-            fill_missing(BASE | {"model_type": model_type}, ["head_dim", "warp_factor"])
-        assert str(caught.value).startswith(
-            f"config.json lacks 'warp_factor', which {model_type} needs"
-        )
-
-    def test_no_heads_no_head_dim(self):
-        with pytest.raises(SourceError, match="lacks 'head_dim'"):
-            fill_missing({"model_type": "none", "hidden_size": 64}, ["head_dim"])
-
-    def test_nested_levels(self):
-        text = {"model_type": "none", "hidden_size": 64, "num_attention_heads": 2}
-        config = {"model_type": "none", "text_config": text, "other": {"hidden_size": 1}}
-        before = copy.deepcopy(config)
-        filled = fill_missing(config, ["head_dim"])
-        assert config == before
-        assert filled == {**config, "text_config": text | {"head_dim": 32}}
+    @pytest.mark.parametrize(("stated", "result"), [(None, "nope"), ("rope", "rope")])
+    def test_positions_without_an_embedding(self, stated, result):
+        config = BASE | {"position_embedding_type": stated}
+        assert normalize(config) == BASE | {"position_embedding_type": result}
 
 
 values = st.none() | st.booleans() | st.integers(1, 64) | st.floats(0.1, 1e6) | st.text(max_size=3)
@@ -340,18 +352,3 @@ class TestReadConfig:
             assert str(tmp_path) in str(error)
         else:
             assert found == {"model_type": "x", "eos_token_id": 1}
-
-
-@pytest.mark.parametrize(
-    ("call", "names"),
-    [
-        (lambda: (lambda a, b: 0)(), ["a", "b"]),
-        (lambda: (lambda *, first_key: 0)(), ["first_key"]),
-        (lambda: (lambda a: 0)(1, 2), []),
-        (lambda: len(5), []),
-    ],
-)
-def test_missing_arguments(call, names):
-    with pytest.raises(TypeError) as caught:
-        call()
-    assert missing_arguments(caught.value) == names

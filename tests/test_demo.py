@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import mlx_lm
 import pytest
+from answers import BARN, BARN_ANSWER, CAPITAL, CAPITAL_ANSWER, HELLO, HELLO_ANSWER
 
 import flashmoe
 from flashmoe import FlashMoEModel
@@ -15,12 +16,10 @@ from flashmoe.demo import DEMO_FOLDER
 from flashmoe.engine import _widen
 
 ANSWERS = {
-    "What is the capital of the United States?": "Washington.",
-    "What is a barn?": (
-        "An outlying farm building for storing grain or animal feed and housing farm animals."
-    ),
+    CAPITAL: CAPITAL_ANSWER,
+    BARN: BARN_ANSWER,
     "Define scent.": "A distinctive odor that is pleasant.",
-    "Hello": "Hello! Ask me what a word means.",
+    HELLO: HELLO_ANSWER,
     "Who are you?": ("I am a tiny mixture-of-experts model that has read the WordNet dictionary."),
 }
 
@@ -52,7 +51,7 @@ def test_stock_mlx_lm_loads_it() -> None:
     model, tokenizer = mlx_lm.load(str(DEMO_FOLDER))
     model.set_dtype(mx.float32)
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of the United States?"}],
+        [{"role": "user", "content": CAPITAL}],
         add_generation_prompt=True,
     )
-    assert mlx_lm.generate(model, tokenizer, prompt, max_tokens=20) == "Washington."
+    assert mlx_lm.generate(model, tokenizer, prompt, max_tokens=20) == CAPITAL_ANSWER

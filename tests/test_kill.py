@@ -18,7 +18,7 @@ from pathlib import Path
 
 import families
 import pytest
-from conftest import FLASHMOE
+from commands import FLASHMOE
 from mlx_lm.utils import save_config, save_model
 
 from flashmoe import FlashMoEError, StoreError, repack, verify

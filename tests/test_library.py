@@ -5,52 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 from families import save_checkpoint
+from hub import COMMIT, NEWER, Hub
 
 from flashmoe import OptionError, SourceError, StoreError
 from flashmoe.library import open_model
 from flashmoe.store.reader import Store
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-NEWER = "fedcba9876543210fedcba9876543210fedcba98"
-
-
-class Hub:
-    """A stand-in for the Hub: one model, at a commit that can move, that can be out of reach."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.commit = COMMIT
-        self.reachable = True
-        self.downloads: list[str | None] = []
-        save_checkpoint(folder / "files", "qwen3_moe", bits=None)
-
-    def model_info(self, repo: str, revision: str | None = None, **_: object) -> SimpleNamespace:
-        self._answer()
-        return SimpleNamespace(sha=self.commit)
-
-    def snapshot_download(self, repo: str, revision: str | None = None, **_: object) -> str:
-        self._answer()
-        self.downloads.append(revision)
-        snapshot = self.folder / "snapshots" / self.commit
-        shutil.copytree(self.folder / "files", snapshot, dirs_exist_ok=True)
-        return str(snapshot)
-
-    def _answer(self) -> None:
-        if not self.reachable:
-            raise ConnectionError("no route to host")
-
-
-@pytest.fixture
-def hub(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    hub = Hub(tmp_path / "hub")
-    monkeypatch.setattr(huggingface_hub, "model_info", hub.model_info)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
-    return hub
 
 
 def test_a_hub_model_is_fetched_once(hub: Hub) -> None:

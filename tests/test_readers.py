@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from disk import open_descriptors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from readers import MemoryReader, broken_preadv, delayed_preadv, short_preadv
@@ -75,10 +76,6 @@ def reader(case):
 
 def buffers_of(*sizes):
     return [memoryview(bytearray(ONES * size)) for size in sizes]
-
-
-def open_descriptors():
-    return {path.name for path in Path("/dev/fd").iterdir()}
 
 
 def joined(buffers):

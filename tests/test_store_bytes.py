@@ -9,6 +9,8 @@ from safetensors.numpy import load_file
 from stores import (
     CONFIG,
     EXPERT_TENSORS,
+    LAYER_FILE,
+    ONE_LAYER_FILES,
     RESIDENT_FILE,
     RESIDENT_TENSORS,
     layer_layout,
@@ -20,7 +22,6 @@ from flashmoe.store.layout import Component
 from flashmoe.store.parse import load_manifest
 from flashmoe.store.reader import open_store
 
-LAYER_FILE = "experts/layer-000.safetensors"
 LAYER_SHA256 = "04395cc93410f5358a75de3303a124749a61b81ae781123829cec331573193ee"
 RESIDENT_SHA256 = "cd17ccc8dd6b4183605d892b541b82976581f2b5d2bfc3d2c4b7d649661f701e"
 LAYER_HEADER = b'{"records":{"dtype":"U8","shape":[2,16384],"data_offsets":[0,32768]}}'
@@ -147,7 +148,7 @@ def folder(tmp_path_factory):
 
 def test_files(folder):
     found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    assert found == ["config.json", LAYER_FILE, "flashmoe.json", RESIDENT_FILE]
+    assert found == ONE_LAYER_FILES
     assert (folder / "config.json").read_bytes() == CONFIG
 
 
@@ -179,7 +180,7 @@ def test_manifest_text(folder):
 def test_the_same_store_twice_is_the_same_bytes(folder, tmp_path):
     again = tmp_path / "again.flashmoe"
     write_store(again, [(layer_layout(n_experts=2), CONTENTS)], RESIDENT)
-    for name in ("flashmoe.json", "config.json", LAYER_FILE, RESIDENT_FILE):
+    for name in ONE_LAYER_FILES:
         assert (again / name).read_bytes() == (folder / name).read_bytes()
 
 

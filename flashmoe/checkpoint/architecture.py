@@ -22,10 +22,18 @@ from mlx_lm.models.switch_layers import (
 )
 from mlx_lm.utils import _get_classes
 
-from flashmoe.checkpoint.config import Config, fill_missing, missing_arguments, normalize
+from flashmoe.checkpoint.config import (
+    Config,
+    fill_missing,
+    missing_arguments,
+    normalize,
+    with_older_layer_types,
+)
 from flashmoe.errors import SourceError
 
 PROJECTION_TYPES = (SwitchLinear, QuantizedSwitchLinear)
+# What mlx-lm raises for a config that makes no sense to it, or that it does not support.
+REFUSALS = (TypeError, KeyError, ValueError, AttributeError, IndexError, AssertionError)
 EXPERT_TYPES = (SwitchGLU, SwitchMLP)
 # Records hold projections in this order, whatever order a family's module has them in.
 PROJECTIONS = {SwitchGLU: ("gate_proj", "up_proj", "down_proj"), SwitchMLP: ("fc1", "fc2")}
@@ -53,21 +61,30 @@ def build_model(config: Config) -> tuple[nn.Module, Config]:
     The returned config is the given one plus the keys its family needs (see `config`).
     Raises SourceError for an unknown model type or a config that lacks a key.
     """
-    config = normalize(config)
-    model_class, args_class = model_classes(config)
-    while True:
-        try:
-            return model_class(args_class.from_dict(config)), config
-        except TypeError as error:
-            names = missing_arguments(error)
-            if not names:
-                raise SourceError(f"config.json does not describe a model: {error}") from error
-            config = fill_missing(config, names)
-        except (KeyError, ValueError, AttributeError, IndexError) as error:
-            raise SourceError(
-                f"config.json does not describe a {config['model_type']} model: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+    try:
+        normal = normalize(config)
+        model_class, args_class = model_classes(normal)
+        while True:
+            try:
+                return model_class(args_class.from_dict(normal)), normal
+            except REFUSALS as error:
+                normal = _amended(normal, error)
+    except REFUSALS as error:
+        raise SourceError(
+            f"config.json does not describe a {config['model_type']} model: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _amended(config: Config, error: Exception) -> Config:
+    """The config with what a family refused it for put right; raises `error` if it cannot be."""
+    names = missing_arguments(error)
+    if names:
+        return fill_missing(config, names)
+    older = with_older_layer_types(config)
+    if older is None:
+        raise error
+    return older
 
 
 def build_resident(config: Config, quantization: Mapping[str, Packing]) -> nn.Module:
@@ -186,7 +203,11 @@ def probe_routing(config: Config) -> Routing:
     routing = Routing()
     replace_modules(model, {p: _Probe(m, p, routing) for p, m in modules.items()})
     routing.caches = make_prompt_cache(model)
-    logits = model(mx.zeros((1, 1), mx.int32), cache=routing.caches)
+    try:
+        logits = model(mx.zeros((1, 1), mx.int32), cache=routing.caches)
+    except AssertionError as error:
+        name = config["model_type"]
+        raise SourceError(f"mlx-lm does not support this {name} model: {error}") from error
     routing.vocabulary = int(logits.shape[-1])
     silent = next((path for path in modules if path not in routing.top_k), None)
     if silent is not None:

@@ -2,7 +2,8 @@
 
 transformers 5 writes rope settings under `rope_parameters` and renames or omits keys that
 mlx-lm's model arguments require. Normalising only ever adds keys: arguments that a family does
-not know are ignored by mlx-lm, and a key that is already there is never changed.
+not know are ignored by mlx-lm, and a key that is already there is never changed, but for one
+null that means something else to mlx-lm.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flashmoe.checkpoint.rope import state_as_table, state_flat, state_yarn_scale
 from flashmoe.errors import SourceError
 
 Config = dict[str, Any]
@@ -26,6 +28,26 @@ SYNONYMS = (
 
 # Widths of parts that a model may do without; a config that leaves one out has no such part.
 ABSENT_PARTS = ("shared_intermediate_size",)
+
+# What transformers' code does without a key for it, by the names that mlx-lm requires. Such a key
+# is filled in only where neither the config nor transformers' own config class has it.
+TAKEN_FOR_GRANTED = {
+    "attention_method": "MLA",
+    "first_k_dense_replace": 0,
+    "intermediate_size": 0,
+    "mla_scale_kv_lora": True,
+    "mla_scale_q_lora": True,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": True,
+    "partial_rotary_factor": 1.0,
+    "rope_theta": 10_000.0,  # of a model that rotates nothing
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "zero_expert_type": "identity",
+}
+
+# What transformers 5 renamed in lists of layers, by the names it had before.
+OLDER_LAYER_TYPES = {"full_attention": "attention", "linear_attention": "mamba"}
 
 
 def read_config(folder: Path) -> Config:
@@ -47,7 +69,7 @@ def read_config(folder: Path) -> Config:
 
 
 def normalize(config: Config) -> Config:
-    """A copy of `config` with flat rope keys and every alias that transformers defines.
+    """A copy of `config` with rope keys old and new and every alias that transformers defines.
 
     Applied to the top level and to each nested text config.
     """
@@ -57,8 +79,16 @@ def normalize(config: Config) -> Config:
         if isinstance(value, dict) and key.endswith("_config") and "hidden_size" in value
     }
     config = {**config, **levels}
-    _add_rope(config)
+    if "vocab_size" in levels.get("text_config", {}):
+        config.setdefault("vocab_size", levels["text_config"]["vocab_size"])
+    if "rope_parameters" not in config and config.get("rope_theta") is not None:
+        state_as_table(config, getattr(_transformers_config(config), "rope_parameters", None))
+    state_yarn_scale(config)
+    state_flat(config)
     _add_layer_pattern(config)
+    _add_layer_overrides(config)
+    if "position_embedding_type" in config:  # null means none to transformers, rotary to mlx-lm
+        config["position_embedding_type"] = config["position_embedding_type"] or "nope"
     for alias, name in _aliases(config).items():
         for have, lack in ((alias, name), (name, alias)):
             if have in config and lack not in config:
@@ -89,9 +119,21 @@ def fill_missing(config: Config, names: list[str]) -> Config:
     return config
 
 
-def missing_arguments(error: TypeError) -> list[str]:
+def with_older_layer_types(config: Config) -> Config | None:
+    """A copy of `config` whose `layer_types` have the names from before transformers 5.13, or
+    None when it states none of them.
+
+    For a family that has refused the config as it is: the one case in which a value is changed.
+    """
+    kinds = config.get("layer_types")
+    if not isinstance(kinds, list) or not set(kinds) & set(OLDER_LAYER_TYPES):
+        return None
+    return {**config, "layer_types": [OLDER_LAYER_TYPES.get(kind, kind) for kind in kinds]}
+
+
+def missing_arguments(error: Exception) -> list[str]:
     """The argument names in Python's own message about missing arguments, or nothing."""
-    text = str(error)
+    text = str(error) if isinstance(error, TypeError) else ""
     return re.findall(r"'(\w+)'", text) if "missing" in text and "argument" in text else []
 
 
@@ -102,29 +144,6 @@ def _levels(config: Config) -> Iterator[Config]:
         if isinstance(value, dict) and key.endswith("_config") and "hidden_size" in value:
             config[key] = dict(value)
             yield config[key]
-
-
-def _add_rope(config: Config) -> None:
-    """Flatten `rope_parameters` {rope_theta, rope_type, factor, ...} into the older keys.
-
-    A table per layer type has no flat form; there, only a theta that all types share is.
-    """
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict):
-        return
-    if rope and all(isinstance(value, dict) for value in rope.values()):
-        thetas = {value.get("rope_theta") for value in rope.values()}
-        if len(thetas) == 1 and None not in thetas:
-            config.setdefault("rope_theta", thetas.pop())
-        return
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if rope.get(key) is not None:
-            config.setdefault(key, rope[key])
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    config.setdefault(
-        "rope_scaling", None if kind == "default" else {**scaling, "type": kind, "rope_type": kind}
-    )
 
 
 def _add_layer_pattern(config: Config) -> None:
@@ -140,6 +159,21 @@ def _add_layer_pattern(config: Config) -> None:
         dense = feed_forward.count("dense")
         if "sparse" not in feed_forward[:dense]:
             config.setdefault("first_k_dense_replace", dense)
+
+
+def _add_layer_overrides(config: Config) -> None:
+    """State what `per_layer_config` says of the full-attention layers as mlx-lm's numbers do."""
+    overrides, kinds = config.get("per_layer_config"), config.get("layer_types")
+    if not isinstance(overrides, dict) or not isinstance(kinds, list):
+        return
+    # Some numbers have leading zeros.
+    by_layer = {int(layer): own for layer, own in overrides.items() if layer.isdigit()}
+    full = [by_layer.get(i, {}) for i, kind in enumerate(kinds) if kind == "full_attention"]
+    names = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+    for key, name in names.items():
+        values = {own.get(key, config.get(key)) for own in full}
+        if len(values) == 1 and None not in values:
+            config.setdefault(name, values.pop())
 
 
 def _transformers_class(config: Config) -> Any:
@@ -170,15 +204,51 @@ def _derive(config: Config, name: str) -> Any:
         return hidden // heads
     if name == "num_key_value_heads" and heads:
         return heads
-    rotated = config.get("partial_rotary_factor")
-    if name == "rotary_dim" and rotated and config.get("head_dim"):
-        return int(config["head_dim"] * rotated)
+    if name == "rotary_dim" and config.get("head_dim"):
+        rotated = config.get("partial_rotary_factor") or _derive(config, "partial_rotary_factor")
+        return int(config["head_dim"] * rotated) if rotated else None
+    if name == "is_moe_layer" and config.get("mlp_layer_types"):
+        return [kind == "sparse" for kind in config["mlp_layer_types"]]
+    if name == "linear_attn_config":
+        return _linear_attention(config)
+    return _transformers_default(config, name)
+
+
+def _linear_attention(config: Config) -> Config | None:
+    """The table of a hybrid's linear attention, out of the flat keys of transformers 5."""
+    kinds = config.get("layer_types")
+    if not isinstance(kinds, list) or not {"linear_num_heads", "linear_head_dim"} <= set(config):
+        return None
+    layers = list(enumerate(kinds, start=1))
+    return {
+        "num_heads": config["linear_num_heads"],
+        "head_dim": config["linear_head_dim"],
+        "short_conv_kernel_size": config.get("linear_conv_kernel_dim", 4),
+        "kda_layers": [i for i, kind in layers if kind == "linear_attention"],
+        "full_attn_layers": [i for i, kind in layers if kind == "full_attention"],
+    }
+
+
+def _transformers_default(config: Config, name: str) -> Any:
+    """The value that transformers would use for a key the config lacks, or None."""
+    known = _transformers_config(config)
+    if known is None:
+        return None
+    rope = getattr(known, "rope_parameters", None) or {}
+    for value in (getattr(known, name, None), rope.get(name)):
+        if value is not None:
+            return value
+    return TAKEN_FOR_GRANTED.get(name)
+
+
+def _transformers_config(config: Config) -> Any:
+    """transformers' own object for this config, its defaults filled in; None without one."""
     cls = _transformers_class(config)
     if cls is None:
         return None
     # A copy, because config classes rewrite the nested tables they are given.
     known = copy.deepcopy({k: v for k, v in config.items() if k != "quantization"})
     try:
-        return getattr(cls(**known), name, None)
+        return cls(**known)
     except Exception:  # a config class may reject what mlx-lm accepts
         return None

@@ -8,6 +8,7 @@ prefix and BOS token, and mlx-lm then streams bytes twice.
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def load_tokenizer(folder: Path, eos_token_ids: int | list[int] | None, vocabula
             tokenizer = _from_sentencepiece(folder, eos_token_ids)
         else:
             tokenizer = load(folder, {"trust_remote_code": False}, eos_token_ids=eos_token_ids)
+        # Sessions check their context themselves; transformers would only warn on stderr.
+        tokenizer.model_max_length = sys.maxsize
         empty = len(tokenizer) <= len(tokenizer.all_special_ids)
     except Exception as error:  # tokenizer classes raise what they like
         lines = (str(error).strip() or type(error).__name__).splitlines()

@@ -1,43 +1,51 @@
 """Expert tensors in layouts that a family's own mlx-lm `sanitize` does not read.
 
-Two occur in checkpoints that transformers 5 writes: one tensor per expert where the family
-expects them stacked, and fused float tensors `[n_experts, d_in, d_out]` where it expects
-`[n_experts, d_out, d_in]` under the name `.weight`. Everything is lazy.
+Three occur in checkpoints that transformers 5 writes: one tensor per expert where the family
+expects them stacked, fused float tensors `[n_experts, d_in, d_out]` where it expects
+`[n_experts, d_out, d_in]` under the name `.weight`, and fused tensors under the name that
+sanitize looks for but with their last two axes the other way round. Beside those, a tensor may
+bear the name that its kind of layer has elsewhere in the model. Everything is lazy.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import ItemsView
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
-from flashmoe.checkpoint.architecture import expert_modules, projections_of
+from flashmoe.checkpoint.architecture import expert_modules, n_experts_of, projections_of
 
 Weights = dict[str, mx.array]
 
 _PER_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.(weight|bias|scales|biases)")
 _FUSED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+_STACKED = re.compile(rf"\.experts\.({'|'.join(_FUSED)})$")
 
 
 def adapting(model_class: type[nn.Module]) -> type[nn.Module]:
     """A subclass of an mlx-lm model whose `sanitize` also reads those layouts.
 
     The family's own sanitize goes first; only when it leaves expert projections without a
-    weight is another reading tried.
+    weight of their shape are other readings tried, and one that fits is taken.
     """
 
     def sanitize(self: nn.Module, weights: Weights) -> Weights:
         def read(candidate: Weights) -> Weights:
             inherited: Any = getattr(super(adapted, self), "sanitize", dict)
-            return stack_experts(self, inherited(dict(candidate)))
+            return place_strays(self, stack_experts(self, inherited(dict(candidate))))
 
         result = read(weights)
-        if not _complete(self, result):
-            turned = turn_fused(self, weights)
-            if turned is not None:
-                result = read(turned)
+        if _fits(self, result):
+            return result
+        for other in (turn_fused(self, weights), swap_fused(weights)):
+            if other is not None:
+                candidate = read(other)
+                if _fits(self, candidate):
+                    return candidate
         return result
 
     adapted = type(model_class.__name__, (model_class,), {"sanitize": sanitize})
@@ -45,19 +53,53 @@ def adapting(model_class: type[nn.Module]) -> type[nn.Module]:
 
 
 def stack_experts(model: nn.Module, weights: Weights) -> Weights:
-    """Stack per-expert tensors that sanitize left alone into their expert module's tensors."""
-    homes: dict[str, str] = {}
-    for path in expert_modules(model):
-        homes[path.rpartition(".")[0]] = path
+    """Stack per-expert tensors that sanitize left alone into their expert module's tensors.
+
+    Experts past the module's number of them are dropped: routing to one is routing to nothing.
+    """
+    homes = {path.rpartition(".")[0]: (path, n_experts_of(m)) for path, m in _experts(model)}
     left: dict[str, dict[int, mx.array]] = {}
     for name in list(weights):
         match = _PER_EXPERT.fullmatch(name)
-        if match is not None and match[1] in homes:
-            target = f"{homes[match[1]]}.{match[3]}.{match[4]}"
-            left.setdefault(target, {})[int(match[2])] = weights.pop(name)
+        if match is None or match[1] not in homes:
+            continue
+        path, n_experts = homes[match[1]]
+        tensor, expert = weights.pop(name), int(match[2])
+        if expert < n_experts:
+            left.setdefault(f"{path}.{match[3]}.{match[4]}", {})[expert] = tensor
     for target, experts in left.items():
         weights[target] = mx.stack([experts[i] for i in sorted(experts)])
     return weights
+
+
+def place_strays(model: nn.Module, weights: Weights) -> Weights:
+    """Rename each tensor that the model has no place for, if exactly one parameter lacks a tensor
+    and has its shape and its path but for the name of one module that encloses it.
+
+    transformers writes dense layers under the name of MoE blocks where it renames the latter.
+    """
+    wanted = dict(tree_flatten(model.parameters()))
+    strays = [name for name in weights if name not in wanted]
+    gaps = [name for name in wanted if name not in weights]
+    for stray in strays:
+        fitting = [
+            gap
+            for gap in gaps
+            if wanted[gap].shape == weights[stray].shape and _differ_in_one_module(stray, gap)
+        ]
+        if len(fitting) == 1:
+            gaps.remove(fitting[0])
+            weights[fitting[0]] = weights.pop(stray)
+    return weights
+
+
+def _differ_in_one_module(path: str, other: str) -> bool:
+    pairs = list(zip(path.split("."), other.split("."), strict=False))
+    differing = [i for i, (a, b) in enumerate(pairs) if a != b]
+    if path.count(".") != other.count(".") or len(differing) != 1:
+        return False
+    # The last two are the layer and its parameter; a number is an index, not a name.
+    return differing[0] < len(pairs) - 2 and not any(x.isdigit() for x in pairs[differing[0]])
 
 
 def turn_fused(model: nn.Module, weights: Weights) -> Weights | None:
@@ -65,7 +107,7 @@ def turn_fused(model: nn.Module, weights: Weights) -> Weights | None:
     `.weight`, or None when there are none at the paths of expert modules."""
     turned = dict(weights)
     found = False
-    for path, module in expert_modules(model).items():
+    for path, module in _experts(model):
         names = [f"{path}.{part}" for part in _FUSED if f"{path}.{part}" in weights]
         if any(weights[name].ndim != 3 for name in names):
             continue
@@ -77,6 +119,15 @@ def turn_fused(model: nn.Module, weights: Weights) -> Weights | None:
     return turned if found else None
 
 
+def swap_fused(weights: Weights) -> Weights | None:
+    """The weights with the last two axes of every fused expert tensor swapped, or None when
+    there are none."""
+    fused = {name: w for name, w in weights.items() if _STACKED.search(name) and w.ndim == 3}
+    if not fused:
+        return None
+    return {**weights, **{name: w.swapaxes(-1, -2) for name, w in fused.items()}}
+
+
 def _is_row_major(module: nn.Module, path: str, weights: Weights) -> bool:
     """Whether the fused tensors are [n_experts, d_out, d_in]; a square one cannot tell."""
     _, hidden, d_in = next(iter(projections_of(module).values()))["weight"].shape
@@ -86,9 +137,15 @@ def _is_row_major(module: nn.Module, path: str, weights: Weights) -> bool:
     return tuple(fused.shape[1:]) == (2 * hidden, d_in)
 
 
-def _complete(model: nn.Module, weights: Weights) -> bool:
-    return all(
-        f"{path}.{name}.weight" in weights
-        for path, module in expert_modules(model).items()
-        for name in projections_of(module)
-    )
+def _fits(model: nn.Module, weights: Weights) -> bool:
+    """Whether each expert projection has a weight, and of its shape (quantized ones have not)."""
+    for path, module in _experts(model):
+        for name, projection in projections_of(module).items():
+            weight = weights.get(f"{path}.{name}.weight")
+            if weight is None or weight.shape != projection["weight"].shape:
+                return False
+    return True
+
+
+def _experts(model: nn.Module) -> ItemsView[str, nn.Module]:
+    return expert_modules(model).items()

@@ -1,0 +1,51 @@
+"""Every command's help, and what the command line says of itself."""
+
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from commands import FLASHMOE, Result, Run
+
+from flashmoe.cli.main import app
+
+COMMANDS = [command.callback.__name__ for command in app.registered_commands]
+GROUPS = {group.name: group.typer_instance for group in app.registered_groups}
+SUBCOMMANDS = [
+    f"{name} {command.callback.__name__}"
+    for name, group in GROUPS.items()
+    for command in group.registered_commands
+]
+
+
+def test_command_is_installed() -> None:
+    assert FLASHMOE.is_file(), f"{sys.executable} has no flashmoe beside it"
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS, *GROUPS, *SUBCOMMANDS])
+def test_help_answers_in_half_a_second(command: str, home: Path) -> None:
+    line = [str(FLASHMOE), *command.split(), "--help"]
+    taken = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run(line, capture_output=True, text=True, check=True)
+        taken.append(time.perf_counter() - started)
+        assert done.stderr == ""
+        assert done.stdout.startswith(f"Usage: flashmoe {command or '[OPTIONS]'}")
+        if taken[-1] < 0.5:
+            break
+    assert min(taken) < 0.5, f"{' '.join(line[1:])} took {taken} seconds"
+
+
+def test_flashmoe_alone_prints_help(run_cli: Run) -> None:
+    result = run_cli()
+    assert (result.code, result.err) == (0, "")
+    assert result.out == run_cli("--help").out == run_cli("-h").out
+    for command in (*COMMANDS, *GROUPS):
+        assert f"\n  {command} " in result.out
+
+
+def test_version(run_cli: Run) -> None:
+    assert run_cli("--version") == Result(0, f"flashmoe {version('flashmoe')}\n", "")

@@ -1,0 +1,72 @@
+"""Options that are refused, and the memory and cache that are said to be enough."""
+
+import subprocess
+import sys
+
+import pytest
+from answers import HELLO, HELLO_ANSWER
+
+from flashmoe import FlashMoEModel, MemoryBudgetError, OptionError
+
+FRESH = """
+import sys
+from flashmoe import FlashMoEModel, MemoryBudgetError
+
+try:
+    with FlashMoEModel.from_pretrained(sys.argv[1], memory=sys.argv[2]) as model:
+        print(model.generate("Hello"))
+except MemoryBudgetError as error:
+    print(str(error).split()[-1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kernel": "magic"}, "kernel must be one of .*'reference'.*, not 'magic'"),
+        ({"dtype": "float16"}, "dtype must be auto, float32 or stored"),
+        ({"context": 0}, "context .*0"),
+        ({"context": -1}, "context .*-1"),
+        ({"context": 2049}, "context .*2049"),
+    ],
+    ids=str,
+)
+def test_impossible_options(demo_store, options, words):
+    with pytest.raises(OptionError, match=words):
+        FlashMoEModel.from_pretrained(demo_store, **options)
+
+
+@pytest.mark.parametrize("option", ["memory", "cache"])
+@pytest.mark.parametrize("size", ["lots", "-1GB", "", -5])
+def test_sizes_that_are_no_sizes(demo_store, option, size):
+    with pytest.raises(OptionError):
+        FlashMoEModel.from_pretrained(demo_store, **{option: size})
+
+
+def test_memory_that_is_too_small_says_what_is_enough(demo_store):
+    with pytest.raises(MemoryBudgetError) as error:
+        FlashMoEModel.from_pretrained(demo_store, memory="1MB")
+    least = error.value.least_bytes
+    assert "the least that fits is" in str(error.value)
+    with FlashMoEModel.from_pretrained(demo_store, memory=least) as model:
+        assert model.memory_plan.planned_bytes <= least
+        assert model.generate(HELLO) == HELLO_ANSWER
+
+
+def test_what_is_said_to_be_enough_is_so_in_a_new_process(demo_store):
+    def fresh(memory):
+        command = [sys.executable, "-c", FRESH, str(demo_store), memory]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert fresh(fresh("1MB")) == HELLO_ANSWER
+
+
+def test_a_cache_that_is_too_small_says_what_is_enough(demo_store):
+    with pytest.raises(MemoryBudgetError) as error:
+        FlashMoEModel.from_pretrained(demo_store, cache=1000)
+    least = error.value.least_bytes
+    with pytest.raises(MemoryBudgetError):
+        FlashMoEModel.from_pretrained(demo_store, cache=least - 1)
+    with FlashMoEModel.from_pretrained(demo_store, cache=least) as model:
+        assert model.bank_bytes == least
+        assert model.generate(HELLO) == HELLO_ANSWER
