@@ -1,6 +1,7 @@
 """Exactness (a) and (b): byte-equal logits at every bank size, and to stock mlx-lm.
 
-Stock mlx-lm runs the same quantized checkpoint resident; both sides compute in float32.
+Stock mlx-lm runs the same quantized checkpoint resident; both sides compute in float32. The
+native kernel rounds otherwise than MLX, so it is held to (a) byte by byte and to (b) closely.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from families import FAMILIES, load_resident, save_checkpoint
 from mlx_lm.models.cache import make_prompt_cache
 
 import flashmoe
-from flashmoe import FlashMoEModel
+from flashmoe import FlashMoEModel, native
+from flashmoe.native.build import find_compiler
 from flashmoe.store.reader import Store
 from flashmoe.streaming.budget import layer_demands
 
@@ -61,7 +63,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(params=[0.0, 0.5, 1.0], ids=["minimum", "half", "full"])
 def model(request: pytest.FixtureRequest, case: Case) -> Iterator[FlashMoEModel]:
-    with FlashMoEModel(case.store, cache=bank_bytes(case.store, request.param)) as model:
+    with FlashMoEModel(
+        case.store, cache=bank_bytes(case.store, request.param), kernel="reference"
+    ) as model:
         yield model
 
 
@@ -80,7 +84,7 @@ def test_other_modes(tmp_path: Path, family: str, mode: str, bits: int, group_si
     expected = logits(load_resident(checkpoint))
     store = flashmoe.repack(checkpoint, tmp_path / "store")
     for share in (0.0, 1.0):
-        with FlashMoEModel(store, cache=bank_bytes(store, share)) as model:
+        with FlashMoEModel(store, cache=bank_bytes(store, share), kernel="reference") as model:
             for ours, theirs in zip(logits(model.model), expected, strict=True):
                 assert bool(mx.array_equal(ours, theirs))
 
@@ -96,7 +100,7 @@ def test_16_bit_checkpoints_in_both_dtypes(tmp_path: Path, bits: int, dtype: mx.
         if name == "float32":
             resident.set_dtype(mx.float32)
         expected = logits(resident)
-        with FlashMoEModel(store, cache="min", dtype=name) as model:
+        with FlashMoEModel(store, cache="min", dtype=name, kernel="reference") as model:
             for ours, theirs in zip(logits(model.model), expected, strict=True):
                 assert ours.dtype == theirs.dtype
                 assert bool(mx.array_equal(ours, theirs))
@@ -110,6 +114,22 @@ def test_unquantized_checkpoint(tmp_path: Path) -> None:
     expected = logits(resident)
     store = flashmoe.repack(checkpoint, tmp_path / "store", bits=16)
     for share in (0.0, 1.0):
-        with FlashMoEModel(store, cache=bank_bytes(store, share)) as model:
+        with FlashMoEModel(store, cache=bank_bytes(store, share), kernel="reference") as model:
             for ours, theirs in zip(logits(model.model), expected, strict=True):
                 assert bool(mx.array_equal(ours, theirs))
+
+
+def test_native_kernel_at_every_bank_size(case: Case) -> None:
+    if native.available() is not None:
+        assert find_compiler() is None, native.available()
+        return
+    outputs = []
+    for share in (0.0, 0.5, 1.0):
+        cache = bank_bytes(case.store, share)
+        with FlashMoEModel(case.store, cache=cache, kernel="cpu") as model:
+            outputs.append(logits(model.model))
+    for smallest, half, full, theirs in zip(*outputs, case.expected, strict=True):
+        assert bool(mx.array_equal(smallest, half))
+        assert bool(mx.array_equal(smallest, full))
+        scale = mx.abs(theirs).max().item()
+        assert mx.abs(smallest - theirs).max().item() < 1e-4 * max(scale, 1.0)

@@ -337,7 +337,7 @@ def test_what_is_not_covered_goes_to_the_reference(
 
 def test_selection() -> None:
     if native.available() is None:
-        assert kernel_names() == ["auto", "reference", "cpu"]
+        assert kernel_names() == ["auto", "cpu", "reference"]
         assert select_kernel("cpu") is cpu.expert_forward
     else:
         assert kernel_names() == ["auto", "reference"]

@@ -12,6 +12,7 @@ from typer.exceptions import TyperException
 from flashmoe.cli import bench
 from flashmoe.cli.chat import chat
 from flashmoe.cli.generate import generate
+from flashmoe.cli.info import info
 from flashmoe.cli.stores import inspect, repack, verify
 from flashmoe.errors import FlashMoEError, OptionError
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, generate, repack, inspect, verify):
+for command in (chat, generate, repack, inspect, verify, info):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 

@@ -59,7 +59,11 @@ NoTemplate = Annotated[
     bool, typer.Option("--no-template", help="Use the text as it is, without a chat template.")
 ]
 Kernel = Annotated[
-    str, typer.Option(metavar="NAME", help="Kernel for routed experts: auto or reference.")
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Kernel for routed experts: auto, or one that flashmoe info lists.",
+    ),
 ]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Also print hits, misses and bytes read.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON for programs.")]

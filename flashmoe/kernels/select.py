@@ -2,36 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import mlx.core as mx
+
 from flashmoe import native
 from flashmoe.errors import OptionError
 from flashmoe.kernels import cpu, reference
 from flashmoe.kernels.contract import ExpertKernel
 
-AUTO = "reference"
+
+@dataclass(frozen=True)
+class KernelStatus:
+    """A kernel, whether it can run here, and what there is to say about it."""
+
+    name: str
+    available: bool
+    note: str
 
 
 def kernel_names() -> list[str]:
-    """The values that `kernel=` accepts."""
-    return ["auto", *_kernels()]
+    """The values that `kernel=` accepts here."""
+    return ["auto", *(status.name for status in kernel_statuses() if status.available)]
+
+
+def kernel_statuses() -> list[KernelStatus]:
+    """Every kernel of this package, the one that `auto` prefers first."""
+    missing = native.available()
+    if missing is None:
+        note = f"native library, {native.isa()}, {native.threads()} threads"
+    else:
+        note = missing
+    return [
+        KernelStatus("cpu", missing is None, note),
+        KernelStatus("reference", True, "MLX's own operations"),
+    ]
+
+
+def auto_kernel() -> str:
+    """What `auto` means: the native library where MLX itself runs on the CPU."""
+    on_cpu = mx.default_device() == mx.cpu
+    return "cpu" if on_cpu and native.available() is None else "reference"
 
 
 def select_kernel(name: str = "auto") -> ExpertKernel:
     """The kernel of that name.
 
-    Raises OptionError for a name that does not exist on this machine.
+    Raises OptionError for a name that does not exist, or cannot run, on this machine.
     """
-    chosen = AUTO if name == "auto" else name
-    kernels = _kernels()
-    if chosen in kernels:
-        return kernels[chosen]
-    reason = native.available() if chosen == "cpu" else None
-    if reason is not None:
-        raise OptionError(f"kernel cpu is not there: {reason}")
-    raise OptionError(f"kernel must be one of {kernel_names()}, not {name!r}")
-
-
-def _kernels() -> dict[str, ExpertKernel]:
-    kernels: dict[str, ExpertKernel] = {"reference": reference.expert_forward}
-    if native.available() is None:
-        kernels["cpu"] = cpu.expert_forward
-    return kernels
+    chosen = auto_kernel() if name == "auto" else name
+    if chosen == "reference":
+        return reference.expert_forward
+    if chosen != "cpu":
+        raise OptionError(f"kernel must be one of {kernel_names()}, not {name!r}")
+    missing = native.available()
+    if missing is not None:
+        raise OptionError(f"kernel cpu is not there: {missing}")
+    return cpu.expert_forward
