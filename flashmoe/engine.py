@@ -135,7 +135,7 @@ class FlashMoEModel:
 
         memory: one number for the whole process ("24GB", or bytes); by default three quarters
             of what the machine has free. cache: the bank alone, "min" being one token's needs.
-        kernel: "auto" or "reference". context: most tokens of prompt and answer together
+        kernel: "auto", "reference" or "cpu". context: most tokens of prompt and answer together
             (default 4096, or the model's own limit where that is lower).
         dtype: "float32" widens 16-bit floats when they are loaded, "stored" keeps them;
             "auto" widens on CPUs, where MLX is several times faster in float32, and wherever the
