@@ -23,9 +23,9 @@ from flashmoe.errors import FlashMoEError, OptionError
 from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
 from flashmoe.io.threads import ThreadReader
-from flashmoe.kernels.select import select_kernel
+from flashmoe.kernels.select import resolve_kernel, select_kernel
 from flashmoe.library import open_model
-from flashmoe.model.load import build_skeleton, load_resident, stream_experts
+from flashmoe.model.load import build_skeleton, load_resident, stream_experts, use_native_linears
 from flashmoe.repacking.execute import Progress
 from flashmoe.store.manifest import Manifest
 from flashmoe.store.reader import Store
@@ -58,7 +58,7 @@ class FlashMoEModel:
     ) -> None:
         """Load an open store; see `from_pretrained` for the options."""
         check_options(memory=memory, cache=cache, kernel=kernel, context=context, dtype=dtype)
-        chosen_kernel = select_kernel(kernel)
+        chosen = resolve_kernel(kernel)
         config = read_config(store.path)
         widen = _widen(dtype, config)
         probed = probe_routing(config)
@@ -93,6 +93,8 @@ class FlashMoEModel:
         )
         mx.set_cache_limit(self.memory_plan.reuse_bytes)
         load_resident(skeleton, store, widen)
+        if chosen == "cpu":
+            use_native_linears(skeleton)
         self.store = store
         self.tokenizer = tokenizer
         self.context = context
@@ -103,7 +105,7 @@ class FlashMoEModel:
             store,
             slots=self.memory_plan.slots,
             reader=self._reader,
-            kernel=chosen_kernel,
+            kernel=select_kernel(chosen),
             stats=self._stats,
             widen=widen,
         )
@@ -255,7 +257,7 @@ def check_options(
     for size in (memory, cache):
         if size is not None and size != "min":
             parse_size(size)
-    select_kernel(kernel)
+    resolve_kernel(kernel)
     if context is not None and context < 1:
         raise OptionError(f"context must be at least 1 token, not {context}")
     if dtype not in ("auto", "float32", "stored"):

@@ -11,6 +11,11 @@ from flashmoe.errors import OptionError
 from flashmoe.kernels import cpu, reference
 from flashmoe.kernels.contract import ExpertKernel
 
+_KERNELS: dict[str, ExpertKernel] = {
+    "cpu": cpu.expert_forward,
+    "reference": reference.expert_forward,
+}
+
 
 @dataclass(frozen=True)
 class KernelStatus:
@@ -45,17 +50,20 @@ def auto_kernel() -> str:
     return "cpu" if on_cpu and native.available() is None else "reference"
 
 
-def select_kernel(name: str = "auto") -> ExpertKernel:
-    """The kernel of that name.
+def resolve_kernel(name: str = "auto") -> str:
+    """The name of the kernel that `name` stands for.
 
-    Raises OptionError for a name that does not exist, or cannot run, on this machine.
+    Raises OptionError for one that does not exist, or cannot run, on this machine.
     """
     chosen = auto_kernel() if name == "auto" else name
-    if chosen == "reference":
-        return reference.expert_forward
-    if chosen != "cpu":
+    if chosen not in _KERNELS:
         raise OptionError(f"kernel must be one of {kernel_names()}, not {name!r}")
     missing = native.available()
-    if missing is not None:
+    if chosen == "cpu" and missing is not None:
         raise OptionError(f"kernel cpu is not there: {missing}")
-    return cpu.expert_forward
+    return chosen
+
+
+def select_kernel(name: str = "auto") -> ExpertKernel:
+    """The kernel of that name; raises OptionError as `resolve_kernel` does."""
+    return _KERNELS[resolve_kernel(name)]

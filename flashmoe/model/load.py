@@ -20,6 +20,7 @@ from flashmoe.checkpoint.config import Config
 from flashmoe.errors import StoreError
 from flashmoe.io.reader import Reader
 from flashmoe.kernels.contract import ExpertKernel, ExpertSpec, ProjectionPacking
+from flashmoe.kernels.linear import native_twin
 from flashmoe.store.layout import LayerLayout
 from flashmoe.store.reader import Store
 from flashmoe.streaming.bank import LayerBank
@@ -76,6 +77,12 @@ def load_resident(model: nn.Module, store: Store, widen: bool) -> None:
         line = str(error).strip().splitlines()[0]
         raise StoreError(f"{store.path} does not hold this model's tensors: {line}") from error
     model.eval()
+
+
+def use_native_linears(model: nn.Module) -> None:
+    """Put native products into the resident linear layers that the library covers."""
+    twins = {path: native_twin(module) for path, module in model.named_modules()}
+    replace_modules(model, {path: twin for path, twin in twins.items() if twin is not None})
 
 
 def stream_experts(

@@ -53,14 +53,17 @@ class Scales {
       tile.scale_stride = row_bytes_ / int64_t(sizeof(float));
       return;
     }
-    for (int r = 0; r < rows; ++r) {
-      widen(scales_ + offset + r * row_bytes_, groups, wide_scales_ + r * kMostGroups);
+    // Rows that are taken whole lie next to each other.
+    const bool whole = tile.values == w_.cols;
+    const int64_t runs = whole ? 1 : rows, length = whole ? rows * groups : groups;
+    for (int64_t r = 0; r < runs; ++r) {
+      widen(scales_ + offset + r * row_bytes_, length, wide_scales_ + r * kMostGroups);
       if (biases_)
-        widen(biases_ + offset + r * row_bytes_, groups, wide_biases_ + r * kMostGroups);
+        widen(biases_ + offset + r * row_bytes_, length, wide_biases_ + r * kMostGroups);
     }
     tile.scales = wide_scales_;
     tile.biases = wide_biases_;
-    tile.scale_stride = kMostGroups;
+    tile.scale_stride = whole ? groups : kMostGroups;
   }
 
  private:
