@@ -15,6 +15,10 @@ import numpy as np
 from flashmoe import native
 
 
+# Smaller layers stay with MLX: leaving and re-entering its graph costs more than they take.
+LEAST_WEIGHTS = 1 << 17
+
+
 class NativeLinear(nn.Linear):
     """`nn.Linear`: x [..., cols] -> [..., rows]. Evaluates `x`."""
 
@@ -54,12 +58,12 @@ _TWINS = {
 
 def native_twin(module: nn.Module) -> nn.Module | None:
     """The same layer with the native product, sharing its evaluated parameters, or None when
-    the module is no linear layer or its weights are packed in a way that is not covered."""
+    the module is no linear layer, is small, or is packed in a way that is not covered."""
     twin = _TWINS.get(type(module))
     if twin is None:
         return None
     matrix = _matrix(module)
-    if matrix is None:
+    if matrix is None or matrix.rows * matrix.cols < LEAST_WEIGHTS:
         return None
     made: Any = twin.__new__(twin)
     nn.Module.__init__(made)
