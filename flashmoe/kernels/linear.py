@@ -14,7 +14,6 @@ import numpy as np
 
 from flashmoe import native
 
-
 # Smaller layers stay with MLX: leaving and re-entering its graph costs more than they take.
 LEAST_WEIGHTS = 1 << 17
 
