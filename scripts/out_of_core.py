@@ -29,9 +29,9 @@ CGROUPS = Path("/sys/fs/cgroup/memory")
 PROMPT_TOKENS = 16
 
 
-def decode(store: str, memory: str, tokens: int) -> None:
+def decode(store: str, memory: str, tokens: int, kernel: str) -> None:
     """Load, generate, and print one line of JSON; runs in a process of its own."""
-    with FlashMoEModel(open_store(store), memory=memory, context=1024) as model:
+    with FlashMoEModel(open_store(store), memory=memory, context=1024, kernel=kernel) as model:
         stream = model.session().stream(
             [(i * 7919) % VOCABULARY for i in range(PROMPT_TOKENS)],
             max_new_tokens=tokens,
@@ -94,12 +94,13 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--memory", default="600MB")
     parser.add_argument("--tokens", type=int, default=33)
+    parser.add_argument("--kernel", default="auto")
     parser.add_argument("--cgroup", metavar="SIZE", help="limit memory and page cache together")
     parser.add_argument("--folder", type=Path, help="keep the store here and reuse it")
     parser.add_argument("--decode", metavar="STORE", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.decode:
-        decode(args.decode, args.memory, args.tokens)
+        decode(args.decode, args.memory, args.tokens, args.kernel)
         return
     folder = args.folder or Path(tempfile.mkdtemp(prefix="out-of-core-"))
     try:
@@ -115,7 +116,7 @@ def main() -> None:
         streamed = flashmoe.inspect(store).streamed_bytes
         cold = drop_page_cache()
         command = [sys.executable, __file__, "--decode", str(store)]
-        command += ["--memory", args.memory, "--tokens", str(args.tokens)]
+        command += ["--memory", args.memory, "--tokens", str(args.tokens), "--kernel", args.kernel]
         limit = parse_size(args.cgroup) if args.cgroup else None
         report = json.loads(limited(command, limit))
     finally:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import mlx.core as mx
-
 from flashmoe import native
 from flashmoe.errors import OptionError
 from flashmoe.kernels import cpu, reference
 from flashmoe.kernels.contract import ExpertKernel
+
+# Byte-equal to mlx-lm; `cpu` is faster on CPUs and rounds otherwise, so it is asked for by name.
+AUTO = "reference"
 
 _KERNELS: dict[str, ExpertKernel] = {
     "cpu": cpu.expert_forward,
@@ -32,22 +33,16 @@ def kernel_names() -> list[str]:
 
 
 def kernel_statuses() -> list[KernelStatus]:
-    """Every kernel of this package, the one that `auto` prefers first."""
+    """Every kernel of this package."""
     missing = native.available()
     if missing is None:
-        note = f"native library, {native.isa()}, {native.threads()} threads"
+        note = f"native library in float32, {native.isa()}, {native.threads()} threads"
     else:
         note = missing
     return [
-        KernelStatus("cpu", missing is None, note),
         KernelStatus("reference", True, "MLX's own operations"),
+        KernelStatus("cpu", missing is None, note),
     ]
-
-
-def auto_kernel() -> str:
-    """What `auto` means: the native library where MLX itself runs on the CPU."""
-    on_cpu = mx.default_device() == mx.cpu
-    return "cpu" if on_cpu and native.available() is None else "reference"
 
 
 def resolve_kernel(name: str = "auto") -> str:
@@ -55,7 +50,7 @@ def resolve_kernel(name: str = "auto") -> str:
 
     Raises OptionError for one that does not exist, or cannot run, on this machine.
     """
-    chosen = auto_kernel() if name == "auto" else name
+    chosen = AUTO if name == "auto" else name
     if chosen not in _KERNELS:
         raise OptionError(f"kernel must be one of {kernel_names()}, not {name!r}")
     missing = native.available()
