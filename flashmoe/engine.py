@@ -24,7 +24,7 @@ from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
 from flashmoe.io.threads import ThreadReader
 from flashmoe.kernels.select import resolve_kernel, select_kernel
-from flashmoe.library import open_model
+from flashmoe.locate import open_model
 from flashmoe.model.load import build_skeleton, load_resident, stream_experts, use_native_linears
 from flashmoe.repacking.execute import Progress
 from flashmoe.store.manifest import Manifest

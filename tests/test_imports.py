@@ -16,7 +16,7 @@ FLOORS = [
     {"errors", "units", "machine", "dtypes", "demo", "native"},
     {"store", "checkpoint", "io", "kernels"},
     {"streaming", "repacking"},
-    {"model", "generation", "library"},
+    {"model", "generation", "locate"},
     {"engine"},
     {"bench"},
     {"cli"},

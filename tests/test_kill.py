@@ -22,7 +22,7 @@ from commands import FLASHMOE
 from mlx_lm.utils import save_config, save_model
 
 from flashmoe import FlashMoEError, StoreError, repack, verify
-from flashmoe.library import open_model
+from flashmoe.locate import open_model
 from flashmoe.store.manifest import MANIFEST_NAME
 from flashmoe.store.reader import open_store
 from flashmoe.store.writer import LOCK_NAME

@@ -23,7 +23,7 @@ from flashmoe.errors import OptionError
 from flashmoe.kernels import cpu, reference
 from flashmoe.kernels.contract import ExpertSpec, ProjectionPacking
 from flashmoe.kernels.select import kernel_names, select_kernel
-from flashmoe.native import build, library
+from flashmoe.native import build, loader
 
 ISAS = ("avx512", "avx2", "neon", "portable")
 DTYPES = {"f32": mx.float32, "bf16": mx.bfloat16, "f16": mx.float16}
@@ -220,30 +220,30 @@ def test_arguments_that_do_not_fit() -> None:
 @pytest.mark.parametrize(
     "changes,code",
     [
-        ({}, library.OK),
-        ({"bits": 7}, library.UNSUPPORTED),
-        ({"bits": 1}, library.UNSUPPORTED),
-        ({"bits": 9}, library.UNSUPPORTED),
-        ({"group_size": 16}, library.UNSUPPORTED),
-        ({"group_size": 0}, library.UNSUPPORTED),
-        ({"scale_dtype": 3}, library.UNSUPPORTED),
-        ({"format": 5}, library.UNSUPPORTED),
-        ({"format": library.MXFP4}, library.UNSUPPORTED),
-        ({"cols": 96}, library.BAD_ARGUMENT),
-        ({"cols": -64}, library.BAD_ARGUMENT),
-        ({"weight": None}, library.BAD_ARGUMENT),
-        ({"scales": None}, library.BAD_ARGUMENT),
-        ({"biases": None}, library.BAD_ARGUMENT),
+        ({}, loader.OK),
+        ({"bits": 7}, loader.UNSUPPORTED),
+        ({"bits": 1}, loader.UNSUPPORTED),
+        ({"bits": 9}, loader.UNSUPPORTED),
+        ({"group_size": 16}, loader.UNSUPPORTED),
+        ({"group_size": 0}, loader.UNSUPPORTED),
+        ({"scale_dtype": 3}, loader.UNSUPPORTED),
+        ({"format": 5}, loader.UNSUPPORTED),
+        ({"format": loader.MXFP4}, loader.UNSUPPORTED),
+        ({"cols": 96}, loader.BAD_ARGUMENT),
+        ({"cols": -64}, loader.BAD_ARGUMENT),
+        ({"weight": None}, loader.BAD_ARGUMENT),
+        ({"scales": None}, loader.BAD_ARGUMENT),
+        ({"biases": None}, loader.BAD_ARGUMENT),
     ],
 )
 def test_error_codes(changes: dict[str, Any], code: int) -> None:
     matrix, _ = quantized(16, 64, 4, 64, "affine", mx.float32)
-    described = library.FmMatrix.from_buffer_copy(matrix.description)
+    described = loader.FmMatrix.from_buffer_copy(matrix.description)
     for field, value in changes.items():
         setattr(described, field, value)
     x, y = np.zeros((1, 64), np.float32), np.zeros((1, 16), np.float32)
     arguments = (x.ctypes.data, None, None, 1, ctypes.byref(described), y.ctypes.data)
-    assert library.library().fm_matmul(*arguments) == code
+    assert loader.loaded().fm_matmul(*arguments) == code
 
 
 @compiled
@@ -350,7 +350,7 @@ def test_selection() -> None:
 
 
 def test_the_library_is_there_when_a_compiler_is() -> None:
-    assert library.LIBRARY == build.LIBRARY
+    assert loader.LIBRARY == build.LIBRARY
     reason = native.available()
     if build.find_compiler() is not None:
         assert reason is None

@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model
 from flashmoe.demo import DEMO_FOLDER
 from flashmoe.engine import PREFILL_CHUNK, FlashMoEModel
 from flashmoe.generation.session import Session
-from flashmoe.library import open_model
+from flashmoe.locate import open_model
 from flashmoe.store.reader import is_store
 from flashmoe.streaming.budget import layer_demands, least_bank_bytes
 from flashmoe.streaming.telemetry import Stats

@@ -200,7 +200,7 @@ def _line_editing() -> Iterator[Callable[[], None]]:
     except ImportError:  # a Python built without it still chats
         yield lambda: None
         return
-    from flashmoe.library import CACHE_FOLDER
+    from flashmoe.locate import CACHE_FOLDER
 
     history: Path = CACHE_FOLDER.expanduser() / "chat_history"
     with contextlib.suppress(OSError):

@@ -81,7 +81,7 @@ def load(
     """Load a model, with a progress bar while it is repacked on first use."""
     from flashmoe.cli.console import byte_progress
     from flashmoe.engine import FlashMoEModel, check_options
-    from flashmoe.library import open_model
+    from flashmoe.locate import open_model
 
     check_options(memory=memory, cache=cache, kernel=kernel, context=context)
     with byte_progress("repacking", quiet) as progress:

@@ -3,7 +3,7 @@
 Knows formats and threads; knows no experts and no models.
 """
 
-from flashmoe.native.library import available, isa, set_threads, threads, use_isa
+from flashmoe.native.loader import available, isa, set_threads, threads, use_isa
 from flashmoe.native.matrix import Matrix, covers, covers_floats, matmul, matrix
 
 __all__ = [

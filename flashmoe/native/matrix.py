@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe.errors import OptionError
-from flashmoe.native import library as native
+from flashmoe.native import loader as native
 
 FLOATS = {mx.float32: native.F32, mx.bfloat16: native.BF16, mx.float16: native.F16}
 FORMATS = {"affine": native.AFFINE, "mxfp4": native.MXFP4}
@@ -123,7 +123,7 @@ def matmul(
         raise OptionError(f"out must be a row-contiguous float32 array [{n_pairs}, {w.rows}]")
     if out.size == 0:
         return out
-    code = native.library().fm_matmul(
+    code = native.loaded().fm_matmul(
         _address(x), _address(x_rows), _address(slots), n_pairs, w.description, _address(out)
     )
     if code != native.OK:

@@ -69,21 +69,21 @@ def _load() -> Any:
 
 def available() -> str | None:
     """None when the library can be used, otherwise why not."""
-    loaded = _load()
-    return loaded if isinstance(loaded, str) else None
+    found = _load()
+    return found if isinstance(found, str) else None
 
 
-def library() -> Any:
+def loaded() -> Any:
     """The loaded library; OptionError says why it is not there."""
-    loaded = _load()
-    if isinstance(loaded, str):
-        raise OptionError(loaded)
-    return loaded
+    found = _load()
+    if isinstance(found, str):
+        raise OptionError(found)
+    return found
 
 
 def isa() -> str:
     """The instruction set in use."""
-    name: bytes = library().fm_isa()
+    name: bytes = loaded().fm_isa()
     return name.decode()
 
 
@@ -92,15 +92,15 @@ def use_isa(name: str) -> None:
 
     Raises OptionError for one that this machine lacks.
     """
-    if library().fm_use_isa(name.encode()) != OK:
+    if loaded().fm_use_isa(name.encode()) != OK:
         raise OptionError(f"this machine does not run {name!r} kernels")
 
 
 def threads() -> int:
     """How many threads share a product."""
-    return int(library().fm_threads())
+    return int(loaded().fm_threads())
 
 
 def set_threads(n: int) -> None:
     """Share products among n threads; 0 means one per core that this process may use."""
-    library().fm_set_threads(n)
+    loaded().fm_set_threads(n)

@@ -11,7 +11,7 @@ from families import save_checkpoint
 from hub import COMMIT, NEWER, Hub
 
 from flashmoe import OptionError, SourceError, StoreError
-from flashmoe.library import open_model
+from flashmoe.locate import open_model
 from flashmoe.store.reader import Store
 
 
