@@ -254,9 +254,10 @@ def check_options(
     dtype: str = "auto",
 ) -> None:
     """Raise OptionError for a value that is wrong for every model, before one is fetched."""
-    for size in (memory, cache):
-        if size is not None and size != "min":
-            parse_size(size)
+    if memory is not None:
+        parse_size(memory)
+    if cache is not None and cache != "min":
+        parse_size(cache)
     resolve_kernel(kernel)
     if context is not None and context < 1:
         raise OptionError(f"context must be at least 1 token, not {context}")

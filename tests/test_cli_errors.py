@@ -105,6 +105,7 @@ BAD_OPTIONS = {
 BAD_WITHOUT_A_MODEL = (
     "--kernel nonsense",
     "--memory banana",
+    "--memory min",
     "--cache 12XB",
     "--max-tokens 0",
     "--context 0",

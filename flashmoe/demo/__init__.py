@@ -3,4 +3,3 @@
 from pathlib import Path
 
 DEMO_FOLDER = Path(__file__).parent
-DEMO_NAME = "flashmoe-demo"

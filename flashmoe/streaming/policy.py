@@ -26,6 +26,3 @@ class LRU:
                 del self._order[expert]
                 return expert
         raise LookupError("every resident expert is pinned")
-
-    def forget(self, expert: int) -> None:
-        self._order.pop(expert, None)
