@@ -25,7 +25,13 @@ from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Ses
 from flashmoe.io.threads import ThreadReader
 from flashmoe.kernels.select import resolve_kernel, select_kernel
 from flashmoe.locate import open_model
-from flashmoe.model.load import build_skeleton, load_resident, stream_experts, use_native_linears
+from flashmoe.model.load import (
+    StreamingModel,
+    build_skeleton,
+    load_resident,
+    stream_experts,
+    use_native_linears,
+)
 from flashmoe.repacking.execute import Progress
 from flashmoe.store.manifest import Manifest
 from flashmoe.store.reader import Store
@@ -100,7 +106,7 @@ class FlashMoEModel:
         self.context = context
         self._stats = Stats()
         self._reader: ThreadReader | None = ThreadReader()
-        streaming = stream_experts(
+        self._streaming: StreamingModel | None = stream_experts(
             skeleton,
             store,
             slots=self.memory_plan.slots,
@@ -109,8 +115,6 @@ class FlashMoEModel:
             stats=self._stats,
             widen=widen,
         )
-        self._banks = streaming.banks
-        self._module: nn.Module | None = streaming.module
 
     @classmethod
     def from_pretrained(
@@ -160,9 +164,9 @@ class FlashMoEModel:
     @property
     def model(self) -> nn.Module:
         """The mlx-lm module; raises FlashMoEError after `close`."""
-        if self._module is None:
+        if self._streaming is None:
             raise FlashMoEError("the model is closed; load it again with from_pretrained")
-        return self._module
+        return self._streaming.module
 
     @property
     def bank_bytes(self) -> int:
@@ -220,18 +224,17 @@ class FlashMoEModel:
 
     def check_integrity(self) -> None:
         """Raise FlashMoEError when a bank's bookkeeping contradicts itself."""
-        for bank in self._banks:
+        for bank in self._streaming.banks if self._streaming else ():
             bank.check_integrity()
 
     def close(self) -> None:
         """Give back files, threads and memory; closing twice is fine."""
         if self._reader is not None:
             self._reader.close()
-        for bank in self._banks:
-            bank.close()
+        if self._streaming is not None:
+            self._streaming.close()
         self._reader = None
-        self._module = None
-        self._banks = ()
+        self._streaming = None
 
     def __enter__(self) -> FlashMoEModel:
         return self

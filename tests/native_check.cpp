@@ -95,7 +95,7 @@ double worst_error(const Case& c) {
     slot_of[p] = p % 8 == 1 ? 2 : p % 16 == 3 ? 0 : 1;
     row_of[p] = int32_t(c.pairs - 1 - p);
   }
-  const fm_matrix m = {weight.bytes, floats ? nullptr : scales.bytes,
+  const fm_matrix m = {slots, weight.bytes, floats ? nullptr : scales.bytes,
                        c.format == FM_AFFINE ? biases.bytes : nullptr,
                        slot_bytes, scale_bytes, scale_bytes, c.rows, c.cols,
                        c.format, c.bits, c.group_size, c.dtype};
@@ -159,7 +159,7 @@ int main() {
   for (double& error : errors)
     callers.emplace_back([&error] {
       std::vector<float> x(2048, 1.0f), y(64), w(64 * 2048, 0.5f);
-      const fm_matrix m = {w.data(), nullptr, nullptr, 0, 0, 0, 64, 2048, FM_F32, 0, 0, 0};
+      const fm_matrix m = {1, w.data(), nullptr, nullptr, 0, 0, 0, 64, 2048, FM_F32, 0, 0, 0};
       for (int i = 0; i < 50; ++i) {
         fm_matmul(x.data(), nullptr, nullptr, 1, &m, y.data());
         for (float value : y) error = fmax(error, fabs(value - 1024.0f));

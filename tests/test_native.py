@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,12 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
-from families import FAMILIES, build_model
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
-from mlx_lm.utils import quantize_model
+from natives import compiled, isas_here
 
 from flashmoe import native
 from flashmoe.errors import OptionError
-from flashmoe.kernels import cpu, reference
-from flashmoe.kernels.contract import ExpertSpec, ProjectionPacking
-from flashmoe.kernels.select import kernel_names, select_kernel
 from flashmoe.native import build, loader
 
-ISAS = ("avx512", "avx2", "neon", "portable")
 DTYPES = {"f32": mx.float32, "bf16": mx.bfloat16, "f16": mx.float16}
 AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
 N_SLOTS = 5
@@ -33,16 +26,6 @@ N_SLOTS = 5
 TOLERANCE = 2e-6
 
 Floats = npt.NDArray[np.float32]
-
-
-def compiled(test: Callable[..., None]) -> Callable[..., None]:
-    """The test where there is a library; elsewhere, that the library says why it is not there."""
-
-    @functools.wraps(test)
-    def without(*args: Any, **kwargs: Any) -> None:
-        assert "was not built" in str(native.available())
-
-    return test if native.available() is None else without
 
 
 @pytest.fixture(autouse=True)
@@ -55,17 +38,6 @@ def restored() -> Iterator[None]:
     yield
     native.use_isa(isa)
     native.set_threads(0)
-
-
-def isas_here() -> list[str]:
-    found = []
-    for name in ISAS:
-        try:
-            native.use_isa(name)
-        except OptionError:
-            continue
-        found.append(name)
-    return found
 
 
 def quantized(
@@ -266,84 +238,6 @@ def test_threads() -> None:
     assert native.threads() == usable
     native.set_threads(5)
     assert native.threads() == 5
-
-
-# --- experts ------------------------------------------------------------------------------------
-
-EXPERTS = [
-    ("qwen3_moe", 4, 64, "affine"),
-    ("qwen3_moe", 3, 32, "affine"),
-    ("qwen3_moe", None, 0, ""),
-    ("gpt_oss", 4, 32, "mxfp4"),
-    ("gpt_oss", 4, 64, "affine"),
-    ("nemotron_h", 4, 64, "affine"),
-    ("nemotron_h", None, 0, ""),
-]
-
-
-def experts_of(
-    family: str, bits: int | None, group: int, mode: str
-) -> tuple[dict[str, mx.array], ExpertSpec]:
-    """The weights and spec of a family's first layer of routed experts."""
-    config = FAMILIES[family]
-    model = build_model(config, seed=3)
-    if bits is not None:
-        model, _ = quantize_model(model, dict(config), group, bits, mode=mode)
-    module = next(m for _, m in model.named_modules() if isinstance(m, SwitchGLU | SwitchMLP))
-    weights, packing = {}, {}
-    for name, projection in module.children().items():
-        for tensor, array in projection.parameters().items():
-            # gpt_oss initialises the biases to almost nothing.
-            weights[f"{name}.{tensor}"] = array + 0.5 if tensor == "bias" else array
-        if bits is not None and "weight" in projection:
-            packing[name] = ProjectionPacking(projection.bits, projection.group_size, mode)
-    mx.eval(weights)
-    return weights, ExpertSpec(type(module).__name__, module.activation, packing)
-
-
-@compiled
-@pytest.mark.parametrize("family,bits,group,mode", EXPERTS)
-def test_experts_equal_the_reference(
-    family: str, bits: int | None, group: int, mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights, spec = experts_of(family, bits, group, mode)
-    for shape in [(1, 1), (2, 3), (1, 40)]:
-        x = mx.random.normal((*shape, 64), key=mx.random.key(1))
-        slots = mx.random.randint(0, 8, (*shape, 2), key=mx.random.key(2)).astype(mx.int32)
-        expected = reference.expert_forward(x, slots, weights, spec)
-        mx.eval(expected)
-        with monkeypatch.context() as patch:
-            patch.delattr(reference, "expert_forward")
-            y = cpu.expert_forward(x, slots, weights, spec)
-        assert (y.shape, y.dtype) == (expected.shape, mx.float32)
-        assert mx.allclose(y, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "bits,group,mode,dtype",
-    [(4, 16, "nvfp4", mx.float32), (8, 32, "mxfp8", mx.float32), (4, 64, "affine", mx.bfloat16)],
-)
-def test_what_is_not_covered_goes_to_the_reference(
-    bits: int, group: int, mode: str, dtype: mx.Dtype
-) -> None:
-    weights, spec = experts_of("qwen3_moe", bits, group, mode)
-    if mode == "affine":
-        weights = {k: v if v.dtype == mx.uint32 else v.astype(dtype) for k, v in weights.items()}
-    x = mx.random.normal((3, 64), key=mx.random.key(1)).astype(dtype)
-    slots = mx.array([[0, 5], [7, 2], [5, 0]], mx.int32)
-    y = cpu.expert_forward(x, slots, weights, spec)
-    assert mx.array_equal(y, reference.expert_forward(x, slots, weights, spec))
-
-
-def test_selection() -> None:
-    if native.available() is None:
-        assert kernel_names() == ["auto", "reference", "cpu"]
-        assert select_kernel("cpu") is cpu.expert_forward
-    else:
-        assert kernel_names() == ["auto", "reference"]
-        with pytest.raises(OptionError, match="kernel cpu is not there"):
-            select_kernel("cpu")
-    assert select_kernel("auto") is reference.expert_forward
 
 
 # --- building -----------------------------------------------------------------------------------

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+Slots = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,19 @@ class ExpertSpec:
     packing: Mapping[str, ProjectionPacking]
 
 
-class ExpertKernel(Protocol):
-    """y[..., j, :] = expert(slots[..., j]) applied to x[..., :].
+# y[..., j, :] = expert(slots[..., j]) applied to x[..., :].
+#
+# `x` [..., d_in] float, `slots` [..., k] on the host; the result is [..., k, d_out] in x's dtype
+# and may be unevaluated. The result of a row depends on that row and its experts' weights alone:
+# never on the number of slots, on which slot an expert is in, or on the other rows.
+ExpertForward = Callable[[mx.array, Slots], mx.array]
 
-    `x` [..., d_in] float, `slots` [..., k] int32, `weights` maps "projection.tensor" to the
-    bank's array [n_slots, ...]; the result is [..., k, d_out] in x's dtype, unevaluated. The
-    result of a row depends on that row and its experts' weights alone: never on n_slots, on
-    which slot an expert is in, or on the other rows.
+
+class ExpertKernel(Protocol):
+    """Binds a bank's arrays once; what it returns is called for every token.
+
+    `weights` maps "projection.tensor" to the bank's array [n_slots, ...]. The arrays are kept,
+    and what is written into them later is what the calls see.
     """
 
-    def __call__(
-        self, x: mx.array, slots: mx.array, weights: Mapping[str, mx.array], spec: ExpertSpec
-    ) -> mx.array: ...
+    def __call__(self, weights: Mapping[str, mx.array], spec: ExpertSpec) -> ExpertForward: ...

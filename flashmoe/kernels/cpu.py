@@ -5,7 +5,8 @@ What the library does not cover (other dtypes, nvfp4, mxfp8) goes to the referen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -13,41 +14,99 @@ import numpy.typing as npt
 
 from flashmoe import native
 from flashmoe.kernels import reference
-from flashmoe.kernels.contract import ExpertSpec
+from flashmoe.kernels.activations import recognize
+from flashmoe.kernels.contract import ExpertForward, ExpertSpec, Slots
+
+Floats = npt.NDArray[np.float32]
+# [n, k, d_out] from x [n, d_in] and slots [n, k].
+_Forward = Callable[[Floats, Slots], Floats]
 
 
-def expert_forward(
-    x: mx.array, slots: mx.array, weights: Mapping[str, mx.array], spec: ExpertSpec
-) -> mx.array:
-    """Routed experts over a bank; see `contract.ExpertKernel` for shapes. Evaluates `x`."""
-    inputs = ("up_proj", "gate_proj") if spec.kind == "SwitchGLU" else ("fc1",)
-    output = "down_proj" if spec.kind == "SwitchGLU" else "fc2"
-    if x.dtype != mx.float32 or native.available() is not None:
-        return reference.expert_forward(x, slots, weights, spec)
-    matrices = {name: _matrix(name, weights, spec) for name in (*inputs, output)}
-    if None in matrices.values():
-        return reference.expert_forward(x, slots, weights, spec)
-    rows = np.array(x.reshape(-1, x.shape[-1]), copy=False)
-    pairs = np.array(slots.reshape(-1).astype(mx.int32), copy=False)
-    # Each row of x goes to k slots, each row of the hidden layer to one.
-    row_of_pair = np.repeat(np.arange(len(rows), dtype=np.int32), slots.shape[-1])
+def bind_experts(weights: Mapping[str, mx.array], spec: ExpertSpec) -> ExpertForward:
+    """Routed experts over these weights; see `contract.ExpertKernel`. Calls evaluate `x`.
 
-    def project(
-        name: str, x: npt.NDArray[np.float32], x_rows: npt.NDArray[np.int32] | None
-    ) -> mx.array:
-        matrix = matrices[name]
-        assert matrix is not None
-        y = mx.array(native.matmul(x, matrix, pairs, x_rows)).reshape(*slots.shape, 1, matrix.rows)
-        bias = weights.get(f"{name}.bias")
-        return y if bias is None else y + mx.expand_dims(bias[slots], -2)
+    One native call where the library knows the activation, otherwise one per projection with
+    the activation in MLX between them.
+    """
+    twin = reference.bind_experts(weights, spec)
+    projections = _projections(weights, spec)
+    if projections is None:
+        return twin
+    run = _fused(projections, spec) or _unfused(projections, spec)
 
-    hidden = spec.activation(*(project(name, rows, row_of_pair) for name in inputs))
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    return project(output, np.array(hidden, copy=False), None).squeeze(-2)
+    def forward(x: mx.array, slots: Slots) -> mx.array:
+        if x.dtype != mx.float32:
+            return twin(x, slots)
+        rows = np.array(x.reshape(-1, x.shape[-1]), copy=False)
+        y = run(rows, slots.reshape(-1, slots.shape[-1]))
+        return mx.array(y).reshape(*slots.shape, y.shape[-1])
+
+    return forward
+
+
+@dataclass(frozen=True)
+class _Projection:
+    matrix: native.Matrix
+    bias: mx.array | None
+
+    def __call__(self, x: Floats, slots: Slots, x_rows: Slots | None = None) -> mx.array:
+        """[n_pairs, rows], with the bias."""
+        y = mx.array(native.matmul(x, self.matrix, slots, x_rows))
+        return y if self.bias is None else y + self.bias[mx.array(slots)]
+
+
+@dataclass(frozen=True)
+class _Projections:
+    gate: _Projection | None
+    up: _Projection
+    down: _Projection
+
+
+def _fused(parts: _Projections, spec: ExpertSpec) -> _Forward | None:
+    """Everything in one native call; None when the library lacks the activation."""
+    activation = recognize(spec.activation, gated=parts.gate is not None)
+    if activation is None:
+        return None
+    gate = parts.gate
+    experts = native.experts(
+        parts.up.matrix,
+        parts.down.matrix,
+        activation,
+        gate.matrix if gate else None,
+        gate_bias=gate.bias if gate else None,
+        up_bias=parts.up.bias,
+        down_bias=parts.down.bias,
+    )
+    return lambda x, slots: native.expert_forward(x, slots, experts)
+
+
+def _unfused(parts: _Projections, spec: ExpertSpec) -> _Forward:
+    def run(x: Floats, slots: Slots) -> Floats:
+        pairs = slots.reshape(-1)
+        rows = np.repeat(np.arange(len(x), dtype=np.int32), slots.shape[-1])
+        inputs = [part(x, pairs, rows) for part in (parts.up, parts.gate) if part is not None]
+        hidden = np.array(spec.activation(*inputs), copy=False)
+        y: Floats = np.array(parts.down(hidden, pairs), copy=False)
+        return y.reshape(*slots.shape, -1)
+
+    return run
+
+
+def _projections(weights: Mapping[str, mx.array], spec: ExpertSpec) -> _Projections | None:
+    """The experts' matrices; None when the library does not cover one of them."""
+    gated = spec.kind == "SwitchGLU"
+    names = ("gate_proj", "up_proj", "down_proj") if gated else ("fc1", "fc2")
+    found = []
+    for name in names:
+        matrix = _matrix(name, weights, spec)
+        if matrix is None:
+            return None
+        found.append(_Projection(matrix, weights.get(f"{name}.bias")))
+    gate = found.pop(0) if gated else None
+    return _Projections(gate, *found)
 
 
 def _matrix(name: str, weights: Mapping[str, mx.array], spec: ExpertSpec) -> native.Matrix | None:
-    """One projection's weights; None when the library does not cover their format."""
     weight = weights[f"{name}.weight"]
     packing = spec.packing.get(name)
     if packing is None:

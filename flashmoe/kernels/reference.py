@@ -10,13 +10,22 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-from flashmoe.kernels.contract import ExpertSpec
+from flashmoe.kernels.contract import ExpertForward, ExpertSpec, Slots
+
+
+def bind_experts(weights: Mapping[str, mx.array], spec: ExpertSpec) -> ExpertForward:
+    """`expert_forward` over these weights; see `contract.ExpertKernel`."""
+
+    def forward(x: mx.array, slots: Slots) -> mx.array:
+        return expert_forward(x, mx.array(slots), weights, spec)
+
+    return forward
 
 
 def expert_forward(
     x: mx.array, slots: mx.array, weights: Mapping[str, mx.array], spec: ExpertSpec
 ) -> mx.array:
-    """Routed experts over a bank; see `contract.ExpertKernel` for shapes.
+    """Routed experts over a bank; see `contract.ExpertForward` for shapes. Unevaluated.
 
     Rows are never sorted: MLX picks its grouped kernel by the size of the array it is handed,
     which here is the bank's, and rounding must not depend on that.

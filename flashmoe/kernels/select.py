@@ -13,8 +13,8 @@ from flashmoe.kernels.contract import ExpertKernel
 AUTO = "reference"
 
 _KERNELS: dict[str, ExpertKernel] = {
-    "cpu": cpu.expert_forward,
-    "reference": reference.expert_forward,
+    "cpu": cpu.bind_experts,
+    "reference": reference.bind_experts,
 }
 
 

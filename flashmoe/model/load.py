@@ -30,10 +30,16 @@ from flashmoe.streaming.telemetry import Stats
 
 @dataclass(frozen=True)
 class StreamingModel:
-    """The mlx-lm module and the banks behind it, in layer order."""
+    """The mlx-lm module, and its streamed layers with their banks in layer order."""
 
     module: nn.Module
+    layers: tuple[StreamedExperts, ...]
     banks: tuple[LayerBank, ...]
+
+    def close(self) -> None:
+        """Give the banks' memory back; the module can no longer be called."""
+        for layer in self.layers:
+            layer.close()
 
 
 def build_skeleton(store: Store, config: Config) -> nn.Module:
@@ -98,16 +104,16 @@ def stream_experts(
     """Replace every routed-expert module of `model` with one over a bank of its own."""
     modules = expert_modules(model)
     banks = []
-    streamed: dict[str, nn.Module] = {}
+    streamed: dict[str, StreamedExperts] = {}
     for layer, n_slots in zip(store.manifest.layers, slots, strict=True):
         layout = layer.layout
         module = modules[layout.path]
         bank = LayerBank(store, layout, reader, stats, n_slots=n_slots, widen=widen)
-        spec = _spec(layout, module)
-        streamed[layout.path] = StreamedExperts(bank, kernel, spec, stats, extra_children(module))
+        forward = kernel(bank.memory.weights, _spec(layout, module))
+        streamed[layout.path] = StreamedExperts(bank, forward, stats, extra_children(module))
         banks.append(bank)
     replace_modules(model, streamed)
-    return StreamingModel(model, tuple(banks))
+    return StreamingModel(model, tuple(streamed.values()), tuple(banks))
 
 
 def _spec(layout: LayerLayout, module: nn.Module) -> ExpertSpec:

@@ -1,16 +1,21 @@
-"""Matrix products over packed weights on the CPU, in C++.
+"""Matrix products and routed experts over packed weights on the CPU, in C++.
 
-Knows formats and threads; knows no experts and no models.
+Knows formats and threads; knows no models.
 """
 
+from flashmoe.native.experts import Activation, Experts, expert_forward, experts
 from flashmoe.native.loader import available, isa, set_threads, threads, use_isa
 from flashmoe.native.matrix import Matrix, covers, covers_floats, matmul, matrix
 
 __all__ = [
+    "Activation",
+    "Experts",
     "Matrix",
     "available",
     "covers",
     "covers_floats",
+    "expert_forward",
+    "experts",
     "isa",
     "matmul",
     "matrix",

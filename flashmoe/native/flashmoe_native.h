@@ -1,4 +1,4 @@
-/* Matrix products over packed weights on the CPU: the whole interface of the native library.
+/* Matrix products and routed experts over packed weights on the CPU.
  *
  * Arithmetic is float32: w = scale * q + bias rounded once, products accumulated in a fixed order.
  * A pair's result depends on its row of x and its slot's weights alone: not on the other pairs,
@@ -32,12 +32,13 @@ enum {
 enum {
   FM_OK = 0,
   FM_UNSUPPORTED = 1, /* a format, bits, group size, dtype or instruction set that is not covered */
-  FM_BAD_ARGUMENT = 2, /* a null pointer, a negative size or index, cols not a multiple of a group */
+  FM_BAD_ARGUMENT = 2, /* a null pointer, a size or index out of range, cols not whole groups */
   FM_NO_RESOURCES = 3 /* no memory or no thread */
 };
 
 /* Slots of equally shaped row-contiguous matrices. */
 typedef struct {
+  int64_t slots;
   const void* weight; /* slot 0: uint32 [rows, cols * bits / 32], or floats [rows, cols] */
   const void* scales; /* slot 0: [rows, cols / group_size]; NULL when not quantized */
   const void* biases; /* like scales; NULL unless affine */
@@ -59,6 +60,52 @@ typedef struct {
  */
 FM_EXPORT int fm_matmul(const float* x, const int32_t* x_rows, const int32_t* slots,
                         int64_t n_pairs, const fm_matrix* w, float* y);
+
+/* Activations: what a gate (or, without one, the input) becomes. */
+enum {
+  FM_SIGMOID = 0,   /* g * sigmoid(alpha * g); alpha 1 is SiLU */
+  FM_GELU_TANH = 1, /* 0.5 g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))) */
+  FM_RELU2 = 2,     /* max(g, 0)^2 */
+  FM_SITU = 3       /* alpha * tanh(g / alpha) * sigmoid(g) */
+};
+
+/* min(a(min(g, gate_max)), activated_max) * (b(clip(u, -up_max, up_max)) + up_shift), where
+ * b(u) = up_bound * tanh(u / up_bound); without a gate min(a(min(u, gate_max)), activated_max).
+ * INFINITY where nothing is limited. */
+typedef struct {
+  int32_t kind;
+  float alpha;
+  float gate_max;
+  float activated_max;
+  float up_max;
+  float up_bound;
+  float up_shift;
+} fm_activation;
+
+/* One vector for each slot, row-contiguous; data NULL means zeros. */
+typedef struct {
+  const void* data; /* [slots, n] */
+  int32_t dtype;    /* FM_F32, FM_BF16, FM_F16 */
+} fm_vectors;
+
+/* Slots of routed experts. */
+typedef struct {
+  fm_matrix gate; /* weight NULL: no gate */
+  fm_matrix up;
+  fm_matrix down;
+  fm_vectors gate_bias;
+  fm_vectors up_bias;
+  fm_vectors down_bias;
+  fm_activation activation;
+} fm_experts;
+
+/* y[t, j, :] = expert slots[t, j] applied to x[t, :]: down(activation(gate x, up x)).
+ *
+ * x float32 [n_tokens, up.cols], slots [n_tokens, top_k], y float32 [n_tokens, top_k, down.rows].
+ * Each row has the bits that fm_matmul gives it, whatever else is in the call.
+ */
+FM_EXPORT int fm_expert_forward(const float* x, const int32_t* slots, int64_t n_tokens,
+                                int64_t top_k, const fm_experts* experts, float* y);
 
 /* The instruction set in use, the best that runs here unless chosen otherwise. */
 FM_EXPORT const char* fm_isa(void);

@@ -7,6 +7,8 @@
 
 #include <stdint.h>
 
+#include "flashmoe_native.h"
+
 namespace flashmoe {
 
 // The least unit of quantized values: the smallest group, a whole number of words at any width.
@@ -58,6 +60,8 @@ struct Kernels {
   TileFunction many;  // float32 rows, the table's many_shape
   // out[i] = sum of sums[i, :] for i < n
   void (*reduce)(const float* sums, int64_t n, float* out);
+  // gate[i] = activation(gate[i], up[i]) for i < n; up null where there is no gate
+  void (*activate)(const fm_activation& activation, float* gate, const float* up, int64_t n);
   // n scales of FM_BF16 or FM_F16 to float32
   void (*widen_bf16)(const uint16_t* in, int64_t n, float* out);
   void (*widen_f16)(const uint16_t* in, int64_t n, float* out);

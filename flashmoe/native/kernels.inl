@@ -5,6 +5,7 @@
 
 #include <string.h>
 
+#include "activations.inl"
 #include "kernels.h"
 
 namespace flashmoe {
@@ -224,6 +225,7 @@ constexpr Kernels make_kernels() {
            quantized_codec<Affine<8>>()},
           float_tile<F32, kMany.rows, kMany.pairs>,
           reduce,
+          activate,
           widen<BF16>,
           widen<F16>};
 }

@@ -10,15 +10,23 @@ from typing import Any
 from flashmoe.errors import OptionError
 
 LIBRARY = "libflashmoe.so"  # as build.py names it
-VERSION = "1"  # of the interface, as matmul.cpp states it
+VERSION = "2"  # of the interface, as matmul.cpp states it
 F32, BF16, F16, AFFINE, MXFP4 = range(5)
 OK, UNSUPPORTED, BAD_ARGUMENT, NO_RESOURCES = range(4)
+SIGMOID, GELU_TANH, RELU2, SITU = range(4)
+
+_REASONS = {
+    UNSUPPORTED: "does not cover this format",
+    BAD_ARGUMENT: "was given sizes or indices that do not fit together",
+    NO_RESOURCES: "has no memory or threads",
+}
 
 
 class FmMatrix(ctypes.Structure):
     """`fm_matrix` of flashmoe_native.h."""
 
     _fields_ = (
+        ("slots", ctypes.c_int64),
         ("weight", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("biases", ctypes.c_void_p),
@@ -31,6 +39,40 @@ class FmMatrix(ctypes.Structure):
         ("bits", ctypes.c_int32),
         ("group_size", ctypes.c_int32),
         ("scale_dtype", ctypes.c_int32),
+    )
+
+
+class FmActivation(ctypes.Structure):
+    """`fm_activation` of flashmoe_native.h."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("alpha", ctypes.c_float),
+        ("gate_max", ctypes.c_float),
+        ("activated_max", ctypes.c_float),
+        ("up_max", ctypes.c_float),
+        ("up_bound", ctypes.c_float),
+        ("up_shift", ctypes.c_float),
+    )
+
+
+class FmVectors(ctypes.Structure):
+    """`fm_vectors` of flashmoe_native.h."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("dtype", ctypes.c_int32))
+
+
+class FmExperts(ctypes.Structure):
+    """`fm_experts` of flashmoe_native.h."""
+
+    _fields_ = (
+        ("gate", FmMatrix),
+        ("up", FmMatrix),
+        ("down", FmMatrix),
+        ("gate_bias", FmVectors),
+        ("up_bias", FmVectors),
+        ("down_bias", FmVectors),
+        ("activation", FmActivation),
     )
 
 
@@ -64,6 +106,14 @@ def _load() -> Any:
         ctypes.POINTER(FmMatrix),
         ctypes.c_void_p,
     )
+    library.fm_expert_forward.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.POINTER(FmExperts),
+        ctypes.c_void_p,
+    )
     return library
 
 
@@ -79,6 +129,12 @@ def loaded() -> Any:
     if isinstance(found, str):
         raise OptionError(found)
     return found
+
+
+def check(code: int) -> None:
+    """Raise OptionError unless a call of the library went well."""
+    if code != OK:
+        raise OptionError(f"the native library {_REASONS[code]}")
 
 
 def isa() -> str:

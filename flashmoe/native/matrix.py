@@ -16,12 +16,6 @@ from flashmoe.native import loader as native
 FLOATS = {mx.float32: native.F32, mx.bfloat16: native.BF16, mx.float16: native.F16}
 FORMATS = {"affine": native.AFFINE, "mxfp4": native.MXFP4}
 
-_REASONS = {
-    native.UNSUPPORTED: "does not cover this format",
-    native.BAD_ARGUMENT: "was given sizes or indices that do not fit together",
-    native.NO_RESOURCES: "has no memory or threads",
-}
-
 
 @dataclass(frozen=True)
 class Matrix:
@@ -53,7 +47,7 @@ def matrix(
     [n_slots, rows, cols / group_size]. Raises OptionError when shapes or dtypes do not fit.
     """
     n_slots, rows, width = weight.shape
-    described = native.FmMatrix(rows=rows, bits=bits, group_size=group_size)
+    described = native.FmMatrix(slots=n_slots, rows=rows, bits=bits, group_size=group_size)
     arrays = tuple(array for array in (weight, scales, biases) if array is not None)
     if scales is None:
         if weight.dtype not in FLOATS:
@@ -77,11 +71,11 @@ def matrix(
         if affine != (biases is not None):
             raise OptionError(f"{mode} weights come {'with' if affine else 'without'} biases")
         described.scale_dtype = FLOATS.get(scales.dtype, native.F32)
-        described.scales, described.scales_slot_bytes = _place(scales)
+        described.scales, described.scales_slot_bytes = place(scales)
         if biases is not None:
-            described.biases, described.biases_slot_bytes = _place(biases)
+            described.biases, described.biases_slot_bytes = place(biases)
     described.cols = cols
-    described.weight, described.weight_slot_bytes = _place(weight)
+    described.weight, described.weight_slot_bytes = place(weight)
     return Matrix(n_slots, rows, cols, described, arrays)
 
 
@@ -123,16 +117,19 @@ def matmul(
         raise OptionError(f"out must be a row-contiguous float32 array [{n_pairs}, {w.rows}]")
     if out.size == 0:
         return out
-    code = native.loaded().fm_matmul(
-        _address(x), _address(x_rows), _address(slots), n_pairs, w.description, _address(out)
+    native.check(
+        native.loaded().fm_matmul(
+            _address(x), _address(x_rows), _address(slots), n_pairs, w.description, _address(out)
+        )
     )
-    if code != native.OK:
-        raise OptionError(f"the native library {_REASONS[code]}")
     return out
 
 
-def _place(array: mx.array) -> tuple[int, int]:
-    """Address of slot 0, and the distance between slots in bytes."""
+def place(array: mx.array) -> tuple[int, int]:
+    """Address of slot 0, and the distance between slots in bytes.
+
+    Raises OptionError for an array that is not row-contiguous.
+    """
     exporter: Any = array
     view = memoryview(exporter)
     if not view.c_contiguous:

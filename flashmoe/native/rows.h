@@ -19,7 +19,7 @@ struct Group {
 
 const Codec& codec_of(const Kernels& kernels, const fm_matrix& w);
 
-// Computes rows begin .. end - 1. `cols` is not 0.
+// Computes rows begin .. end - 1.
 void multiply_rows(const Kernels& kernels, const fm_matrix& w, const Group& group, int64_t begin,
                    int64_t end);
 

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe.kernels.contract import ExpertKernel, ExpertSpec
+from flashmoe.kernels.contract import ExpertForward
 from flashmoe.streaming.bank import LayerBank
 from flashmoe.streaming.telemetry import Stats
 
@@ -26,8 +26,7 @@ class StreamedExperts(nn.Module):
     def __init__(
         self,
         bank: LayerBank,
-        kernel: ExpertKernel,
-        spec: ExpertSpec,
+        forward: ExpertForward,
         stats: Stats,
         children: Mapping[str, Any],
     ) -> None:
@@ -35,8 +34,7 @@ class StreamedExperts(nn.Module):
         for name, child in children.items():
             setattr(self, name, child)
         self._bank = bank
-        self._kernel = kernel
-        self._spec = spec
+        self._forward: ExpertForward | None = forward
         self._stats = stats
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
@@ -51,9 +49,15 @@ class StreamedExperts(nn.Module):
             return y
         return self._run_grouped(x, experts, distinct)
 
+    def close(self) -> None:
+        """Give the bank's memory back; calls raise FlashMoEError afterwards."""
+        self._forward = None
+        self._bank.close()
+
     def _run(self, x: mx.array, experts: npt.NDArray[Any], distinct: npt.NDArray[Any]) -> mx.array:
         table = self._bank.acquire(distinct.tolist())
-        return self._kernel(x, mx.array(table[experts]), self._bank.memory.weights, self._spec)
+        assert self._forward is not None  # acquire raises once the bank is closed
+        return self._forward(x, table[experts])
 
     def _run_grouped(
         self, x: mx.array, experts: npt.NDArray[Any], distinct: npt.NDArray[Any]
