@@ -67,12 +67,14 @@ class FlashMoEModel:
         chosen = resolve_kernel(kernel)
         config = read_config(store.path)
         widen = _widen(dtype, config)
+        # The native kernels read 16-bit scales and weights of float32 arithmetic as they are.
+        widen_records = widen and chosen != "cpu"
         probed = probe_routing(config)
         tokenizer = load_tokenizer(store.path, config.get("eos_token_id"), probed.vocabulary)
         skeleton = build_skeleton(store, config)
         context = _context(config, context)
         layouts = [layer.layout for layer in store.manifest.layers]
-        demands = budget.layer_demands(layouts, widen)
+        demands = budget.layer_demands(layouts, widen_records)
         bank_bytes = _bank_bytes(cache, demands)
         total_bytes = parse_size(memory) if memory is not None else None
         if total_bytes is None and bank_bytes is None:
@@ -85,7 +87,7 @@ class FlashMoEModel:
             process_bytes=machine.resident_set_bytes() + budget.SLACK_BYTES,
             resident_bytes=budget.resident_bytes(store.manifest, widen),
             kv_bytes=_kv_bytes(probed.caches, context, store.manifest, widen),
-            scratch_bytes=budget.all_staging_bytes(layouts, widen)
+            scratch_bytes=budget.all_staging_bytes(layouts, widen_records)
             + budget.scratch_bytes(
                 chunk=min(PREFILL_CHUNK, context),
                 context=context,
@@ -113,7 +115,7 @@ class FlashMoEModel:
             reader=self._reader,
             kernel=select_kernel(chosen),
             stats=self._stats,
-            widen=widen,
+            widen=widen_records,
         )
 
     @classmethod

@@ -83,7 +83,7 @@ BAD_OPTIONS = {
     "cache that is no size": ("--cache 12XB", 2, "12XB"),
     "cache of nothing": ("--cache 0", 2, "0"),
     "cache of many digits": (f"--cache {'9' * 400}GB", 2, "size"),
-    "too little cache": ("--cache 1kB", 1, "the least that works is 1106kB"),
+    "too little cache": ("--cache 1kB --kernel reference", 1, "the least that works is 1106kB"),
     "unknown kernel": ("--kernel nonsense", 2, "nonsense"),
     "negative temperature": ("--temp -1", 2, "-1"),
     "temperature that is no number": ("--temp nan --max-tokens 1", 2, "nan"),

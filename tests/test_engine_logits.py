@@ -9,6 +9,7 @@ from mlx_lm.utils import load_model
 
 from flashmoe import FlashMoEModel
 from flashmoe.demo import DEMO_FOLDER
+from flashmoe.kernels.select import auto_kernel
 
 
 def logits(model, ids):
@@ -38,6 +39,8 @@ def test_logits_are_the_same_at_every_bank_size(demo, demo_store):
 def test_kernels_by_name(demo, demo_store):
     ids = demo.tokenizer.encode("Define scent.")
     with FlashMoEModel.from_pretrained(demo_store, kernel="reference", cache="min") as model:
+        np.testing.assert_allclose(logits(model, ids), logits(demo, ids), rtol=0, atol=1e-4)
+    with FlashMoEModel.from_pretrained(demo_store, kernel=auto_kernel(), cache="min") as model:
         np.testing.assert_array_equal(logits(model, ids), logits(demo, ids))
 
 
@@ -56,7 +59,9 @@ def test_the_stored_dtype(demo, demo_store):
         assert out.dtype == mx.bfloat16
         stock, _ = load_model(DEMO_FOLDER)
         assert mx.array_equal(out, stock(mx.array([ids])))
-        assert model.bank_bytes < demo.bank_bytes
+        narrow_bytes = model.bank_bytes
+    with FlashMoEModel.from_pretrained(demo_store, kernel="reference") as model:
+        assert narrow_bytes < model.bank_bytes
 
 
 @pytest.mark.parametrize("backwards", [False, True])

@@ -15,10 +15,10 @@ import mlx.nn as nn
 import pytest
 from families import FAMILIES, load_resident, save_checkpoint
 from mlx_lm.models.cache import make_prompt_cache
+from natives import compiled
 
 import flashmoe
-from flashmoe import FlashMoEModel, native
-from flashmoe.native.build import find_compiler
+from flashmoe import FlashMoEModel
 from flashmoe.store.reader import Store
 from flashmoe.streaming.budget import layer_demands
 
@@ -119,10 +119,8 @@ def test_unquantized_checkpoint(tmp_path: Path) -> None:
                 assert bool(mx.array_equal(ours, theirs))
 
 
+@compiled
 def test_native_kernel_at_every_bank_size(case: Case) -> None:
-    if native.available() is not None:
-        assert find_compiler() is None, native.available()
-        return
     outputs = []
     for share in (0.0, 0.5, 1.0):
         cache = bank_bytes(case.store, share)

@@ -269,8 +269,10 @@ def test_selection() -> None:
     if native.available() is None:
         assert kernel_names() == ["auto", "reference", "cpu"]
         assert select_kernel("cpu") is cpu.bind_experts
+        assert select_kernel("auto") is cpu.bind_experts
     else:
         assert kernel_names() == ["auto", "reference"]
         with pytest.raises(OptionError, match="kernel cpu is not there"):
             select_kernel("cpu")
-    assert select_kernel("auto") is reference.bind_experts
+        assert select_kernel("auto") is reference.bind_experts
+    assert select_kernel("reference") is reference.bind_experts

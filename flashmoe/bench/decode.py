@@ -16,7 +16,6 @@ from flashmoe.engine import PREFILL_CHUNK, FlashMoEModel
 from flashmoe.generation.session import Session
 from flashmoe.locate import open_model
 from flashmoe.store.reader import is_store
-from flashmoe.streaming.budget import layer_demands, least_bank_bytes
 from flashmoe.streaming.telemetry import Stats
 
 PROMPTS = (
@@ -75,9 +74,8 @@ def bench_decode(
     """
     store = open_model(path_or_id)
     checkpoint = Path(DEMO_FOLDER if path_or_id is None else path_or_id)
-    demands = layer_demands([layer.layout for layer in store.manifest.layers], widen=True)
-    least = least_bank_bytes(demands)
-    most = sum(demand.most * demand.slot_bytes for demand in demands)
+    with FlashMoEModel(store, cache="min", dtype="float32") as model:
+        least, most = model.memory_plan.least_bank_bytes, model.memory_plan.most_bank_bytes
     sizes = {"min": least, "half": max(least, most // 2), "full": most}
     with contextlib.ExitStack() as stack:
         subjects = []

@@ -19,7 +19,7 @@ def info(json: options.Json = False) -> None:
     from flashmoe import machine
     from flashmoe.cli.console import out, print_json
     from flashmoe.io.threads import DEFAULT_THREADS
-    from flashmoe.kernels.select import AUTO, kernel_statuses
+    from flashmoe.kernels.select import auto_kernel, kernel_statuses
     from flashmoe.units import format_size
 
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
@@ -32,7 +32,7 @@ def info(json: options.Json = False) -> None:
                 "versions": versions,
                 "device": device,
                 "usable_memory_bytes": usable,
-                "kernel": AUTO,
+                "kernel": auto_kernel(),
                 "kernels": [asdict(status) for status in statuses],
                 "reader": "pread",
                 "reader_threads": DEFAULT_THREADS,
@@ -42,7 +42,7 @@ def info(json: options.Json = False) -> None:
     rows = [
         ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
         ("device", f"{device} ({platform.platform()}), {format_size(usable)} of memory free"),
-        ("kernel", f"auto means {AUTO}"),
+        ("kernel", f"auto means {auto_kernel()}"),
         *(
             (f"  {status.name}", f"{'' if status.available else 'not available: '}{status.note}")
             for status in statuses

@@ -1,7 +1,8 @@
 """Resident linear layers through the native CPU library, in float32.
 
-The classes are mlx's own with another product: parameters, names and isinstance checks stay.
-What reaches them in another dtype than float32 goes to mlx.
+The classes are mlx's and mlx-lm's own with another product: parameters, names and isinstance
+checks stay. What reaches them in another dtype than float32 goes to mlx, and so does looking
+embeddings up, which takes a row and no product.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 
 from flashmoe import native
 
@@ -38,6 +40,16 @@ class NativeQuantizedLinear(nn.QuantizedLinear):
         return y
 
 
+class NativeEmbedding(nn.Embedding):
+    """`nn.Embedding`, its use as the output layer included. Evaluates `x` there."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        if x.dtype == mx.float32:
+            return _product(self._matrix, x)
+        y: mx.array = super().as_linear(x)
+        return y
+
+
 class NativeQuantizedEmbedding(nn.QuantizedEmbedding):
     """`nn.QuantizedEmbedding`, its use as the output layer included. Evaluates `x` there."""
 
@@ -48,10 +60,36 @@ class NativeQuantizedEmbedding(nn.QuantizedEmbedding):
         return y
 
 
+class NativeMultiLinear(MultiLinear):
+    """mlx-lm's `MultiLinear`, a matrix per head: x [..., heads, n, cols] -> [..., heads, n, rows].
+
+    Evaluates `x`; the transposed product goes to mlx.
+    """
+
+    def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
+        if transpose and x.dtype == mx.float32:
+            return _product_per_head(self._matrix, x)
+        y: mx.array = super().__call__(x, transpose)
+        return y
+
+
+class NativeQuantizedMultiLinear(QuantizedMultiLinear):
+    """mlx-lm's `QuantizedMultiLinear`; see `NativeMultiLinear`."""
+
+    def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
+        if transpose and x.dtype == mx.float32:
+            return _product_per_head(self._matrix, x)
+        y: mx.array = super().__call__(x, transpose)
+        return y
+
+
 _TWINS = {
     nn.Linear: NativeLinear,
     nn.QuantizedLinear: NativeQuantizedLinear,
+    nn.Embedding: NativeEmbedding,
     nn.QuantizedEmbedding: NativeQuantizedEmbedding,
+    MultiLinear: NativeMultiLinear,
+    QuantizedMultiLinear: NativeQuantizedMultiLinear,
 }
 
 
@@ -62,7 +100,7 @@ def native_twin(module: nn.Module) -> nn.Module | None:
     if twin is None:
         return None
     matrix = _matrix(module)
-    if matrix is None or matrix.rows * matrix.cols < LEAST_WEIGHTS:
+    if matrix is None or matrix.n_slots * matrix.rows * matrix.cols < LEAST_WEIGHTS:
         return None
     made: Any = twin.__new__(twin)
     nn.Module.__init__(made)
@@ -73,35 +111,42 @@ def native_twin(module: nn.Module) -> nn.Module | None:
 
 
 def _matrix(module: nn.Module) -> native.Matrix | None:
-    """The layer's weight as a bank with one slot; None when it is not covered."""
+    """The layer's weight as one slot, or one for each head; None when it is not covered."""
     weight: mx.array = module["weight"]
-    if weight.ndim != 2:
-        return None
     if "scales" not in module:
-        return native.matrix(_slot(weight)) if native.covers_floats(weight.dtype) else None
+        return native.matrix(_slots(weight)) if native.covers_floats(weight.dtype) else None
     mode = getattr(module, "mode", "affine")
     if not native.covers(mode, module.bits, module.group_size):
         return None
     biases = module.get("biases")
     return native.matrix(
-        _slot(weight),
-        _slot(module["scales"]),
-        None if biases is None else _slot(biases),
+        _slots(weight),
+        _slots(module["scales"]),
+        None if biases is None else _slots(biases),
         bits=module.bits,
         group_size=module.group_size,
         mode=mode,
     )
 
 
-def _slot(array: mx.array) -> mx.array:
-    slot = mx.contiguous(mx.expand_dims(array, 0))
-    mx.eval(slot)
-    return slot
+def _slots(array: mx.array) -> mx.array:
+    slots = mx.contiguous(array if array.ndim == 3 else mx.expand_dims(array, 0))
+    mx.eval(slots)
+    return slots
 
 
 def _product(matrix: native.Matrix, x: mx.array) -> mx.array:
     rows = np.array(x.reshape(-1, x.shape[-1]), copy=False)
     return mx.array(native.matmul(rows, matrix)).reshape(*x.shape[:-1], matrix.rows)
+
+
+def _product_per_head(matrix: native.Matrix, x: mx.array) -> mx.array:
+    if x.shape[-3] != matrix.n_slots:
+        x = mx.broadcast_to(x, (*x.shape[:-3], matrix.n_slots, *x.shape[-2:]))
+    rows = np.array(x.reshape(-1, x.shape[-1]), copy=False)
+    heads = np.repeat(np.arange(matrix.n_slots, dtype=np.int32), x.shape[-2])
+    slots = np.tile(heads, len(rows) // len(heads))
+    return mx.array(native.matmul(rows, matrix, slots)).reshape(*x.shape[:-1], matrix.rows)
 
 
 def _with_bias(module: nn.Module, y: mx.array) -> mx.array:

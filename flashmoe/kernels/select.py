@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import mlx.core as mx
+
 from flashmoe import native
 from flashmoe.errors import OptionError
 from flashmoe.kernels import cpu, reference
 from flashmoe.kernels.contract import ExpertKernel
-
-# Byte-equal to mlx-lm; `cpu` is faster on CPUs and rounds otherwise, so it is asked for by name.
-AUTO = "reference"
 
 _KERNELS: dict[str, ExpertKernel] = {
     "cpu": cpu.bind_experts,
@@ -25,6 +24,12 @@ class KernelStatus:
     name: str
     available: bool
     note: str
+
+
+def auto_kernel() -> str:
+    """What `auto` means: the native kernels where MLX computes on the CPU and they were built."""
+    on_cpu = mx.default_device() == mx.cpu
+    return "cpu" if on_cpu and native.available() is None else "reference"
 
 
 def kernel_names() -> list[str]:
@@ -50,7 +55,7 @@ def resolve_kernel(name: str = "auto") -> str:
 
     Raises OptionError for one that does not exist, or cannot run, on this machine.
     """
-    chosen = AUTO if name == "auto" else name
+    chosen = auto_kernel() if name == "auto" else name
     if chosen not in _KERNELS:
         raise OptionError(f"kernel must be one of {kernel_names()}, not {name!r}")
     missing = native.available()

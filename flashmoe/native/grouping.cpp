@@ -9,7 +9,7 @@ namespace flashmoe {
 namespace {
 
 // Below this many multiplications another thread costs more than it brings.
-constexpr int64_t kWorthSharing = 1 << 16;
+constexpr int64_t kWorthSharing = 1 << 18;
 constexpr int64_t kRowsAtOnce = 128;
 
 bool is_float_dtype(int32_t dtype) {

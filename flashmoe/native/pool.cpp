@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -26,6 +27,26 @@ int usable_cores() {
 
 std::atomic<int> requested_threads{0};
 
+// Calls follow one another closely: to fall asleep and be woken costs more than to look on for a
+// moment. After that a thread sleeps.
+constexpr std::chrono::microseconds kPatience{40};
+
+template <class Condition>
+bool soon(Condition condition) {
+  const auto end = std::chrono::steady_clock::now() + kPatience;
+  do {
+    for (int i = 0; i < 32; ++i) {
+      if (condition()) return true;
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#elif defined(__aarch64__)
+      asm volatile("yield");
+#endif
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return false;
+}
+
 class Pool {
  public:
   void run(int64_t count, int threads, const std::function<void(int64_t)>& work) {
@@ -40,13 +61,16 @@ class Pool {
       work_ = &work;
       count_ = count;
       next_.store(0);
-      helpers_ = busy_ = helpers;
-      ++round_;
+      helpers_ = helpers;
+      busy_.store(helpers);
+      round_.fetch_add(1);
     }
     wake_.notify_all();
     take_all();
+    const auto finished = [this] { return busy_.load() == 0; };
+    if (soon(finished)) return;
     std::unique_lock<std::mutex> lock(state_);
-    done_.wait(lock, [this] { return busy_ == 0; });
+    done_.wait(lock, finished);
   }
 
  private:
@@ -57,14 +81,15 @@ class Pool {
   void help(int index) {
     uint64_t seen = 0;
     for (;;) {
+      soon([&] { return round_.load() != seen; });
       {
         std::unique_lock<std::mutex> lock(state_);
-        wake_.wait(lock, [&] { return round_ != seen && index < helpers_; });
-        seen = round_;
+        wake_.wait(lock, [&] { return round_.load() != seen && index < helpers_; });
+        seen = round_.load();
       }
       take_all();
       std::lock_guard<std::mutex> lock(state_);
-      if (--busy_ == 0) done_.notify_one();
+      if (busy_.fetch_sub(1) == 1) done_.notify_one();
     }
   }
 
@@ -74,8 +99,9 @@ class Pool {
   const std::function<void(int64_t)>* work_ = nullptr;
   std::atomic<int64_t> next_{0};
   int64_t count_ = 0;
-  uint64_t round_ = 0;
-  int helpers_ = 0, busy_ = 0, started_ = 0;
+  std::atomic<uint64_t> round_{0};
+  std::atomic<int> busy_{0};
+  int helpers_ = 0, started_ = 0;
 };
 
 std::atomic<Pool*> shared_pool{nullptr};

@@ -50,6 +50,7 @@ class MemoryPlan:
     slots: tuple[int, ...]
     bank_bytes: int
     least_bank_bytes: int
+    most_bank_bytes: int
 
     @property
     def planned_bytes(self) -> int:
@@ -147,6 +148,11 @@ def least_bank_bytes(demands: Sequence[LayerDemand]) -> int:
     return sum(demand.least * demand.slot_bytes for demand in demands)
 
 
+def most_bank_bytes(demands: Sequence[LayerDemand]) -> int:
+    """Every expert of every layer."""
+    return sum(demand.most * demand.slot_bytes for demand in demands)
+
+
 def plan_memory(
     *,
     total_bytes: int | None,
@@ -182,6 +188,7 @@ def plan_memory(
         slots,
         used,
         least,
+        most_bank_bytes(demands),
     )
     if total_bytes is not None and plan.planned_bytes > total_bytes:
         enough = _total_for(plan.planned_bytes - reuse) + JITTER_BYTES
