@@ -33,7 +33,7 @@ def _console(stderr: bool = False) -> Console:
 out = _console()
 err = _console(stderr=True)
 
-# A prompt that takes longer than this gets a progress bar.
+# What takes longer than this gets a progress bar.
 PATIENCE_SECONDS = 2.0
 
 
@@ -75,14 +75,14 @@ def byte_progress(title: str, quiet: bool = False) -> Iterator[Callable[[int, in
 
 
 @contextmanager
-def prompt_progress(quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A transient bar for prompts that take long; yields `progress(done, total)` in tokens."""
+def late_progress(title: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A transient bar on stderr for what takes long; yields `progress(done, total)`, any unit."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
 
-    columns = (TextColumn("reading prompt"), BarColumn(), MofNCompleteColumn(), Remaining())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
     bar = Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal)
-    task = bar.add_task("", total=None)
+    task = bar.add_task(title, total=None)
     started = time.perf_counter()
 
     def progress(done: int, total: int) -> None:
