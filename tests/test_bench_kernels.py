@@ -23,12 +23,18 @@ from flashmoe.bench.products import (
     device_name,
     resolve_packing,
 )
+from flashmoe.bench.routed import ExpertSet
 from flashmoe.errors import OptionError
 
-SHAPES = (Shape("expert", 256, 64), Shape("head", 128, 96, routed=False))
+SHAPES = (
+    Shape("matrix", 256, 64),
+    Shape("head", 128, 96, routed=False),
+    Shape("expert", 256, 64, experts=True),
+)
 # 4 bits, and two float32 for each 64 weights.
-EXPERT_BYTES = 256 * 64 // 2 + 256 * 64 // 64 * 8
+MATRIX_BYTES = 256 * 64 // 2 + 256 * 64 // 64 * 8
 HEAD_BYTES = 128 * 96 // 2 + 128 * 96 // 64 * 8
+SLOT_BYTES = {"matrix": MATRIX_BYTES, "head": HEAD_BYTES, "expert": 3 * MATRIX_BYTES}
 LEAST_BYTES = 25_000
 
 tiny_bench = functools.partial(bench_kernels, shapes=SHAPES, working_set_bytes=LEAST_BYTES)
@@ -38,9 +44,10 @@ def isas_in_use() -> list[str]:
     return [native.isa()] if native.available() is None else []
 
 
-def working_set(shape: Shape, products_per_call: int) -> WorkingSet:
+def working_set(shape: Shape, products_per_call: int) -> WorkingSet | ExpertSet:
     packing = resolve_packing("affine", 4, 64)
-    return WorkingSet.random(shape, packing, LEAST_BYTES, products_per_call)
+    made = ExpertSet if shape.experts else WorkingSet
+    return made.random(shape, packing, LEAST_BYTES, products_per_call)
 
 
 def kernels_of(bench: KernelBench, shape: Shape, rows: int) -> list[str]:
@@ -50,11 +57,12 @@ def kernels_of(bench: KernelBench, shape: Shape, rows: int) -> list[str]:
 def test_every_matrix_is_measured_beside_mlx() -> None:
     counted = []
     bench = tiny_bench(rounds=3, progress=lambda done, total: counted.append((done, total)))
-    assert counted == [(n, 16) for n in range(1, 17)]
+    assert counted == [(n, 24) for n in range(1, 25)]
     natives = [f"native {isa}" for isa in isas_in_use()]
     for rows in (1, 32):
         assert kernels_of(bench, SHAPES[0], rows) == ["mlx gather_qmm", *natives]
         assert kernels_of(bench, SHAPES[1], rows) == ["mlx quantized_matmul", *natives]
+        assert kernels_of(bench, SHAPES[2], rows) == ["mlx experts", *natives]
     assert (bench.bits, bench.group_size, bench.mode) == (4, 64, "affine")
     assert bench.device == device_name()
     assert bench.without_native == native.available()
@@ -65,13 +73,11 @@ def test_every_matrix_is_measured_beside_mlx() -> None:
 def test_figures_fit_together() -> None:
     bench = tiny_bench(rounds=3)
     mlx = {(r.shape, r.rows): r for r in bench.results if r.kernel.startswith("mlx")}
-    slot_bytes = {"expert": EXPERT_BYTES, "head": HEAD_BYTES}
+    weights = {shape.name: shape.weights for shape in SHAPES}
     for result in bench.results:
         assert 0 < result.slowest <= result.products_per_second <= result.fastest
         # A matrix's bytes are read once for `rows` products per weight.
-        bytes_per_product = slot_bytes[result.shape] / (
-            result.rows * result.inputs * result.outputs
-        )
+        bytes_per_product = SLOT_BYTES[result.shape] / (result.rows * weights[result.shape])
         read = result.products_per_second * bytes_per_product
         assert result.bytes_per_second == pytest.approx(read)
         if result.rows == 1 and result.device == "cpu":
@@ -91,12 +97,14 @@ def test_figures_fit_together() -> None:
     ("shape", "rows", "limit", "products", "read_bytes"),
     [
         # Three slots hold 25 kB.
-        (SHAPES[0], 1, 1 << 29, 3 * 256 * 64, 3 * EXPERT_BYTES),
-        (SHAPES[0], 32, 1 << 29, 3 * 32 * 256 * 64, 3 * EXPERT_BYTES),
-        (SHAPES[0], 1, 2 * 256 * 64, 2 * 256 * 64, 2 * EXPERT_BYTES),
-        (SHAPES[0], 32, 1, 32 * 256 * 64, EXPERT_BYTES),
+        (SHAPES[0], 1, 1 << 29, 3 * 256 * 64, 3 * MATRIX_BYTES),
+        (SHAPES[0], 32, 1 << 29, 3 * 32 * 256 * 64, 3 * MATRIX_BYTES),
+        (SHAPES[0], 1, 2 * 256 * 64, 2 * 256 * 64, 2 * MATRIX_BYTES),
+        (SHAPES[0], 32, 1, 32 * 256 * 64, MATRIX_BYTES),
         (SHAPES[1], 1, 1 << 29, 128 * 96, HEAD_BYTES),
         (SHAPES[1], 32, 1 << 29, 32 * 128 * 96, HEAD_BYTES),
+        (SHAPES[2], 1, 1 << 29, 3 * 256 * 64, 3 * MATRIX_BYTES),
+        (SHAPES[2], 32, 1 << 29, 32 * 3 * 256 * 64, 3 * MATRIX_BYTES),
         # The most outputs that divide 96 and keep to the limit.
         (SHAPES[1], 32, 32 * 128 * 47, 32 * 128 * 32, HEAD_BYTES // 3),
     ],
@@ -105,7 +113,7 @@ def test_products_and_bytes(
     shape: Shape, rows: int, limit: int, products: int, read_bytes: int
 ) -> None:
     weights = working_set(shape, limit)
-    assert weights.n_slots == {"expert": 3, "head": 4}[shape.name]
+    assert weights.n_slots == {"matrix": 3, "head": 4, "expert": 1}[shape.name]
     subjects = weights.subjects(rows, isas_in_use())
     assert len(subjects) == 1 + len(isas_in_use())
     for subject in subjects:
@@ -204,16 +212,17 @@ def test_an_instruction_set_for_what_is_not_covered() -> None:
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("isa", "use_isa", "threads", "matrix", "matmul"):
+    for name in ("isa", "use_isa", "threads", "matrix", "matmul", "experts"):
         monkeypatch.delattr(native, name)
     monkeypatch.setattr(native, "available", lambda: "it was not built")
     bench = tiny_bench(rounds=1)
     assert bench.without_native == "it was not built"
-    assert [r.kernel.split()[0] for r in bench.results] == ["mlx"] * 4
+    assert [r.kernel.split()[0] for r in bench.results] == ["mlx"] * 6
 
 
 def test_on_a_gpu_shares_of_copies_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashmoe.bench.products.device_name", lambda: "gpu")
+    for module in ("products", "routed"):
+        monkeypatch.setattr(f"flashmoe.bench.{module}.device_name", lambda: "gpu")
     bench = tiny_bench(rounds=1)
     for result in bench.results:
         on_gpu = result.kernel.startswith("mlx ")
@@ -230,7 +239,7 @@ def test_json(run_cli: Run, brief: None) -> None:
     line = run_cli("bench", "kernels", "--rounds", "2", "--bits", "8", "--json").json()
     assert list(line) == [field.name for field in fields(KernelBench)]
     assert (line["bits"], line["group_size"], line["mode"]) == (8, 64, "affine")
-    assert len(line["results"]) == 4 * (1 + len(isas_in_use()))
+    assert len(line["results"]) == 6 * (1 + len(isas_in_use()))
     for result in line["results"]:
         assert list(result) == [field.name for field in fields(KernelResult)]
 

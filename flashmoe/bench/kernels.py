@@ -18,12 +18,15 @@ from flashmoe.bench.products import (
     device_name,
     resolve_packing,
 )
+from flashmoe.bench.routed import ExpertSet
 from flashmoe.errors import OptionError
 from flashmoe.kernels.contract import ProjectionPacking
 
 SHAPES = (
-    Shape("Qwen3.5-397B expert", 4096, 1024),
-    Shape("Qwen3-30B-A3B expert", 2048, 768),
+    Shape("Qwen3.5-397B up", 4096, 1024),
+    Shape("Qwen3.5-397B expert", 4096, 1024, experts=True),
+    Shape("Qwen3-30B-A3B up", 2048, 768),
+    Shape("Qwen3-30B-A3B expert", 2048, 768, experts=True),
     Shape("Qwen3-30B-A3B LM head", 2048, 151_936, routed=False),
 )
 ROWS = (1, 32)
@@ -126,7 +129,8 @@ def bench_kernels(
         progress(done, total)
 
     def measure(shape: Shape) -> list[list[_Timing]]:
-        weights = WorkingSet.random(shape, packing, working_set_bytes, products_per_call)
+        made = ExpertSet if shape.experts else WorkingSet
+        weights = made.random(shape, packing, working_set_bytes, products_per_call)
         subjects = ([*weights.subjects(rows, chosen), copy] for rows in ROWS)
         return [_take_turns(turns, rounds, end_round) for turns in subjects]
 

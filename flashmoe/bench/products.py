@@ -30,12 +30,20 @@ SAMPLE_OUTPUTS = 128
 
 @dataclass(frozen=True)
 class Shape:
-    """A weight matrix [outputs, inputs]; `routed` ones are multiplied many at a time, by slot."""
+    """A weight matrix [outputs, inputs]; `routed` ones are multiplied many at a time, by slot.
+
+    `experts`: two such matrices and one the other way round, with an activation between them.
+    """
 
     name: str
     inputs: int
     outputs: int
     routed: bool = True
+    experts: bool = False
+
+    @property
+    def weights(self) -> int:
+        return self.inputs * self.outputs * (3 if self.experts else 1)
 
 
 @dataclass(frozen=True)

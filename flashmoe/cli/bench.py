@@ -97,10 +97,10 @@ def kernels(
     rounds: Annotated[int, typer.Option(metavar="N", help="Rounds per matrix.")] = 5,
     json: options.Json = False,
 ) -> None:
-    """Speed of products with packed weights, beside MLX's own op and copies of memory.
+    """Speed of products with packed weights, beside MLX's own ops and copies of memory.
 
-    Matrices of real models with random weights, more of them than any cache holds: it takes
-    1.5 GB of memory.
+    Matrices and whole experts of real models with random weights, more of them than any cache
+    holds: it takes 1.5 GB of memory.
     """
     from rich.table import Table
 
@@ -131,7 +131,7 @@ def kernels(
         out.print(f"no native kernel: {bench.without_native}", markup=False)
     table = Table()
     for column in (
-        "matrix",
+        "weights",
         "in x out",
         "rows",
         "kernel",
