@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,6 +282,17 @@ def test_threads() -> None:
     assert native.threads() == usable
     native.set_threads(5)
     assert native.threads() == 5
+
+
+@compiled
+def test_threads_sleep_when_nothing_runs() -> None:
+    matrix = quantized(512, 1024, 4, 64, "affine", mx.float32).matrix
+    native.set_threads(3)
+    native.matmul(np.ones((1, 1024), np.float32), matrix)
+    time.sleep(0.01)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.1
 
 
 # --- building -----------------------------------------------------------------------------------
