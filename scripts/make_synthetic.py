@@ -29,6 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import flashmoe
 from flashmoe import FlashMoEError
 from flashmoe.checkpoint.architecture import (
+    REFUSALS,
     build_model,
     expert_modules,
     probe_routing,
@@ -126,7 +127,7 @@ def plan_checkpoint(
     64). Floats are bfloat16 where the family lets them be cast. The same arguments give the same
     bytes.
 
-    Raises SourceError for a config that mlx-lm does not take or that has no routed experts,
+    Raises SourceError for a config that mlx-lm does not run or that has no routed experts,
     OptionError for packing that does not fit it.
     """
     if seed < 0:
@@ -139,7 +140,13 @@ def plan_checkpoint(
         raise SourceError(
             f"this {config['model_type']} model has no routed experts; has it too few layers?"
         )
-    vocabulary = probe_routing(config).vocabulary
+    try:
+        vocabulary = probe_routing(config).vocabulary
+    except REFUSALS as error:
+        raise SourceError(
+            f"mlx-lm cannot run this {config['model_type']} model ({type(error).__name__}: "
+            f"{error}); has it too few layers?"
+        ) from error
     spreads = choose_spreads(model, vocabulary)
     model, config = _quantize(model, config, bits, group_size, mode)
     tensors = plan_tensors(model, spreads, seed)

@@ -256,6 +256,11 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> 
         plan_checkpoint(FAMILIES["qwen3_moe"], **options)
 
 
+def test_a_hybrid_without_a_layer_of_each_kind_is_refused() -> None:
+    with pytest.raises(SourceError, match="cannot run this qwen3_5_moe model"):
+        plan_checkpoint(FAMILIES["qwen3_5_moe"], layers=1)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "nor one of the presets qwen3"), ("{", "is not JSON"), ("[]", "no model_type")],
