@@ -1,39 +1,50 @@
 """Stream a model several times larger than the memory it is given, and say what that took.
 
-Makes a random 4-bit checkpoint (routing is spread evenly, the hardest case for a cache),
-repacks it, empties the page cache where it may, and decodes under `--memory`. On Linux as root,
-`--cgroup` also puts the process into a memory cgroup of that size, which counts the page cache:
-then every miss really comes from the disk.
+Decodes with random sampling in a process of its own, after emptying the page cache where it may.
+On Linux as root, `--cgroup` also puts that process into a memory cgroup, which counts the page
+cache: then every miss really comes from the disk. `--compare` does it with and without the native
+library, in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-from random_checkpoint import VOCABULARY, save_random_checkpoint
+from cgroup import CgroupError, memory_cgroup
+from make_synthetic import find_config, plan_checkpoint, write_checkpoint
 
 import flashmoe
-from flashmoe import FlashMoEModel, Sampling, machine
-from flashmoe.store.reader import open_store
-from flashmoe.units import format_duration, format_size, parse_size
+from flashmoe import FlashMoEError, FlashMoEModel, Sampling, machine, native
+from flashmoe.cli.console import byte_progress
+from flashmoe.kernels.select import resolve_kernel
+from flashmoe.store.reader import Store, is_store, open_store
+from flashmoe.units import format_size, parse_size
 
-CGROUPS = Path("/sys/fs/cgroup/memory")
 PROMPT_TOKENS = 16
+WITH, WITHOUT = "with the native library", "without it"
+
+Report = dict[str, Any]
 
 
-def decode(store: str, memory: str, tokens: int, kernel: str) -> None:
-    """Load, generate, and print one line of JSON; runs in a process of its own."""
-    with FlashMoEModel(open_store(store), memory=memory, context=1024, kernel=kernel) as model:
+def decode(store: str, memory: str, tokens: int, kernel: str) -> Report:
+    """Load and generate; what happened after the first token."""
+    context = PROMPT_TOKENS + tokens
+    with FlashMoEModel(open_store(store), memory=memory, context=context, kernel=kernel) as model:
+        vocabulary = len(model.tokenizer)
         stream = model.session().stream(
-            [(i * 7919) % VOCABULARY for i in range(PROMPT_TOKENS)],
+            [(i * 7919) % vocabulary for i in range(PROMPT_TOKENS)],
             max_new_tokens=tokens,
             # Greedy decoding of a random model soon repeats itself, and so does its routing.
             sampling=Sampling(temperature=1.0, seed=0),
@@ -43,16 +54,19 @@ def decode(store: str, memory: str, tokens: int, kernel: str) -> None:
         for _ in stream:
             pass
         spent = model.stats().since(before)
-    report = {
+        bank_bytes = model.bank_bytes
+    return {
+        "kernel": resolve_kernel(kernel),
+        "native": native.available() is None,
         "tokens": spent.tokens,
-        "decode_seconds": spent.seconds.decode,
-        "reading_seconds": spent.seconds.reading,
+        "tokens_per_second": spent.tokens / spent.seconds.decode,
         "hit_rate": spent.hit_rate,
-        "bytes_read": spent.bytes_read,
-        "bank_bytes": model.memory_plan.bank_bytes,
-        "peak_bytes": machine.peak_resident_set_bytes(),
+        "bytes_read_per_token": spent.bytes_read / spent.tokens,
+        "bytes_per_second_waited": spent.bytes_read / max(spent.seconds.reading, 1e-9),
+        "waiting_share": spent.seconds.reading / spent.seconds.decode,
+        "bank_bytes": bank_bytes,
+        "peak_memory_bytes": machine.peak_resident_set_bytes(),
     }
-    print(json.dumps(report))
 
 
 def drop_page_cache() -> bool:
@@ -65,75 +79,155 @@ def drop_page_cache() -> bool:
     return True
 
 
-def limited(command: list[str], limit_bytes: int | None) -> str:
-    """Run a command, inside a memory cgroup of `limit_bytes` when given; returns its output."""
-    group = CGROUPS / f"out-of-core-{os.getpid()}"
-    if limit_bytes is not None:
-        group.mkdir()
-        (group / "memory.limit_in_bytes").write_text(str(limit_bytes))
-
-    def enter() -> None:
-        if limit_bytes is not None:
-            (group / "cgroup.procs").write_text(str(os.getpid()))
-
-    try:
-        result = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=True, preexec_fn=enter
+@contextlib.contextmanager
+def package_without_library() -> Iterator[Path]:
+    """A folder with a copy of the flashmoe package as an install without a C++ compiler has it."""
+    with tempfile.TemporaryDirectory(prefix="flashmoe-") as folder:
+        shutil.copytree(
+            Path(flashmoe.__file__).parent,
+            Path(folder, "flashmoe"),
+            ignore=shutil.ignore_patterns("*.so", "__pycache__"),
         )
-    finally:
-        if limit_bytes is not None:
-            time.sleep(0.5)
-            group.rmdir()
-    return result.stdout
+        yield Path(folder)
+
+
+def run_decode(store: Path, args: argparse.Namespace, subject: str) -> Report:
+    """One cold run of a subject in a process of its own."""
+    # Without the library the package chooses: a kernel that needs it cannot be asked for.
+    kernel = args.kernel if subject == WITH else "auto"
+    command = [sys.executable, __file__, "--decode", str(store), "--memory", args.memory]
+    command += ["--tokens", str(args.tokens), "--kernel", kernel]
+    environment = dict(os.environ)
+    with contextlib.ExitStack() as stack:
+        if subject == WITHOUT:
+            folder = stack.enter_context(package_without_library())
+            paths = [str(folder), *filter(None, [environment.get("PYTHONPATH")])]
+            environment["PYTHONPATH"] = os.pathsep.join(paths)
+        cold = drop_page_cache()
+        entrance = None
+        if args.cgroup:
+            entrance = stack.enter_context(memory_cgroup(parse_size(args.cgroup)))
+
+        def enter() -> None:
+            if entrance is not None:
+                entrance.write_text(str(os.getpid()))
+
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=enter
+        )
+    if done.returncode == -signal.SIGKILL:
+        sys.exit(f"error: the run was killed; is --cgroup {args.cgroup} below --memory?")
+    if done.returncode:
+        sys.exit(done.returncode)
+    report: Report = json.loads(done.stdout)
+    if report["native"] != (subject == WITH):
+        sys.exit(
+            "error: the native library is not there; run python -m flashmoe.native.build"
+            if subject == WITH
+            else "error: the run that should lack the native library found it"
+        )
+    return {"subject": subject, "cold": cold, **report}
+
+
+def prepare_store(args: argparse.Namespace, folder: Path) -> Store:
+    """The store of `--model`, made in `folder` when it is none yet."""
+    if is_store(Path(args.model)):
+        return open_store(args.model)
+    store = folder / "store"
+    if is_store(store):
+        return open_store(store)
+    checkpoint = Path(args.model)
+    if not any(checkpoint.glob("*.safetensors")):
+        checkpoint = folder / "checkpoint"
+        plan = plan_checkpoint(find_config(args.model), layers=args.layers)
+        with byte_progress("writing") as progress:
+            write_checkpoint(plan, checkpoint, progress)
+    with byte_progress("repacking") as progress:
+        made = flashmoe.repack(checkpoint, store, progress=progress)
+    if checkpoint == folder / "checkpoint":
+        shutil.rmtree(checkpoint)
+    return made
+
+
+def print_reports(store: Store, args: argparse.Namespace, reports: list[Report]) -> None:
+    cold = all(report["cold"] for report in reports)
+    print(
+        f"{format_size(store.manifest.streamed_bytes)} of experts, --memory {args.memory}, "
+        f"page cache {'cold' if cold else 'as it was'}"
+        f"{f', cgroup {args.cgroup}' if args.cgroup else ''}, {reports[0]['tokens']} tokens"
+    )
+    speeds: dict[str, float] = {}
+    for subject in dict.fromkeys(report["subject"] for report in reports):
+        runs = [report for report in reports if report["subject"] == subject]
+        rates = [run["tokens_per_second"] for run in runs]
+        speeds[subject] = median(rates)
+        spread = f" ({min(rates):.2f} to {max(rates):.2f})" if len(runs) > 1 else ""
+        middle = {
+            key: median(run[key] for run in runs)
+            for key, value in runs[0].items()
+            if isinstance(value, int | float)
+        }
+        print(
+            f"{subject}, kernel {runs[0]['kernel']}: {speeds[subject]:.2f} tok/s{spread}\n"
+            f"  peak memory {format_size(middle['peak_memory_bytes'])}, "
+            f"bank {format_size(middle['bank_bytes'])}, hit rate {middle['hit_rate']:.0%}, "
+            f"{format_size(middle['bytes_read_per_token'])} read per token\n"
+            f"  waiting for reads {middle['waiting_share']:.0%} of the time, "
+            f"at {format_size(middle['bytes_per_second_waited'])}/s"
+        )
+    if len(speeds) == 2:
+        print(f"native library: {speeds[WITH] / speeds[WITHOUT]:.1f} times as fast")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--model",
+        default="qwen3-30b-a3b",
+        help="a store, a checkpoint folder, or what make_synthetic.py makes one from: a preset "
+        "(default: qwen3-30b-a3b) or a config.json",
+    )
+    parser.add_argument("--layers", type=int, default=16, help="of a model made here; default: 16")
+    parser.add_argument("--memory", default="3500MB", help="default: 3500MB")
+    parser.add_argument("--tokens", type=int, default=33, help="default: 33")
+    parser.add_argument("--kernel", default="auto", help="of runs with the native library")
+    parser.add_argument("--cgroup", metavar="SIZE", help="limit memory and page cache together")
+    parser.add_argument("--folder", type=Path, help="keep a store made here, and reuse it")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--without-native", action="store_true", help="as if it were not built")
+    which.add_argument("--compare", action="store_true", help="with and without it, and the ratio")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each; default: 1")
+    parser.add_argument("--json", action="store_true", help="one line of JSON")
+    parser.add_argument("--decode", metavar="STORE", help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--memory", default="600MB")
-    parser.add_argument("--tokens", type=int, default=33)
-    parser.add_argument("--kernel", default="auto")
-    parser.add_argument("--cgroup", metavar="SIZE", help="limit memory and page cache together")
-    parser.add_argument("--folder", type=Path, help="keep the store here and reuse it")
-    parser.add_argument("--decode", metavar="STORE", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.decode:
-        decode(args.decode, args.memory, args.tokens, args.kernel)
-        return
-    folder = args.folder or Path(tempfile.mkdtemp(prefix="out-of-core-"))
+    args = parse_arguments()
     try:
-        store = folder / "store"
-        if not store.exists():
-            save_random_checkpoint(
-                folder / "checkpoint", layers=args.layers, experts=args.experts, width=args.width
+        if args.decode:
+            print(json.dumps(decode(args.decode, args.memory, args.tokens, args.kernel)))
+            return
+        subjects = [WITHOUT] if args.without_native else [WITH]
+        if args.compare:
+            subjects.append(WITHOUT)
+        parse_size(args.memory)
+        with contextlib.ExitStack() as stack:
+            folder = args.folder or Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="out-of-core-"))
             )
-            started = time.perf_counter()
-            flashmoe.repack(folder / "checkpoint", store)
-            print(f"repacked in {format_duration(time.perf_counter() - started)}")
-            shutil.rmtree(folder / "checkpoint")
-        streamed = flashmoe.inspect(store).streamed_bytes
-        cold = drop_page_cache()
-        command = [sys.executable, __file__, "--decode", str(store)]
-        command += ["--memory", args.memory, "--tokens", str(args.tokens), "--kernel", args.kernel]
-        limit = parse_size(args.cgroup) if args.cgroup else None
-        report = json.loads(limited(command, limit))
-    finally:
-        if args.folder is None:
-            shutil.rmtree(folder)
-    rate = report["tokens"] / report["decode_seconds"]
-    reading = report["bytes_read"] / report["reading_seconds"]
-    print(
-        f"{format_size(streamed)} of experts, --memory {args.memory}, "
-        f"page cache {'cold' if cold else 'as it was'}"
-        f"{f', cgroup {args.cgroup}' if args.cgroup else ''}\n"
-        f"peak memory {format_size(report['peak_bytes'])}, bank "
-        f"{format_size(report['bank_bytes'])}, hit rate {report['hit_rate']:.0%}\n"
-        f"{rate:.2f} tok/s; {format_size(report['bytes_read'] / report['tokens'])} read per token "
-        f"at {format_size(reading)}/s; waiting for reads "
-        f"{report['reading_seconds'] / report['decode_seconds']:.0%} of the time"
-    )
+            store = prepare_store(args, folder)
+            reports = [
+                run_decode(store.path, args, subject)
+                for _ in range(args.rounds)
+                for subject in subjects
+            ]
+    except (FlashMoEError, CgroupError) as error:
+        sys.exit(f"error: {error}")
+    if args.json:
+        print(json.dumps({"streamed_bytes": store.manifest.streamed_bytes, "runs": reports}))
+    else:
+        print_reports(store, args, reports)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,26 @@ import subprocess
 import sys
 
 import pytest
-from random_checkpoint import VOCABULARY, save_random_checkpoint
+from families import FAMILIES
+from make_synthetic import plan_checkpoint, write_checkpoint
 
 import flashmoe
 from flashmoe.store.reader import Store
 
+# 113 MB of experts a layer, beside 3 MB of everything else.
+CONFIG = FAMILIES["qwen3_moe"] | {
+    "head_dim": 64,
+    "hidden_size": 512,
+    "max_position_embeddings": 8192,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_experts": 256,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 8,
+    "vocab_size": 256,
+}
 PROMPT_TOKENS = 300
 RUN = f"""
 import json, sys
@@ -22,7 +37,7 @@ try:
 except MemoryBudgetError as error:
     print(json.dumps({{"least": error.least_bytes, "message": str(error)}}))
     sys.exit()
-model.generate([(i * 7919) % {VOCABULARY} for i in range({PROMPT_TOKENS})], 8)
+model.generate([(i * 7919) % {CONFIG["vocab_size"]} for i in range({PROMPT_TOKENS})], 8)
 plan = model.memory_plan
 print(json.dumps({{
     "peak": machine.peak_resident_set_bytes(),
@@ -36,7 +51,7 @@ print(json.dumps({{
 @pytest.fixture(scope="module")
 def big_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     folder = tmp_path_factory.mktemp("big")
-    save_random_checkpoint(folder / "checkpoint", layers=4, experts=256)
+    write_checkpoint(plan_checkpoint(CONFIG), folder / "checkpoint")
     return flashmoe.repack(folder / "checkpoint", folder / "store")
 
 
