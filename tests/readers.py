@@ -6,10 +6,11 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from flashmoe.errors import ReadError
-from flashmoe.io.reader import ReadCounters, Reader, ReadRequest
+from flashmoe.io.reader import Priority, ReadCounters, Reader, ReadRequest, Ticket
 
 Preadv = Callable[[int, Sequence[memoryview], int], int]
 
@@ -18,13 +19,19 @@ class MemoryReader(Reader):
     """Reads from bytes in memory; `bad_offset` is a byte that gives EIO in every file."""
 
     def __init__(self, files: Mapping[Path, bytes], bad_offset: int | None = None) -> None:
-        self.counters = ReadCounters()
+        self._counters = ReadCounters()
         self._files = files
         self.bad_offset = bad_offset
         self._closed = False
         self._lock = threading.Lock()
 
-    def submit(self, requests: Sequence[ReadRequest]) -> "MemoryTicket":
+    @property
+    def counters(self) -> ReadCounters:
+        return self._counters
+
+    def submit(
+        self, requests: Sequence[ReadRequest], priority: Priority = Priority.DEMAND
+    ) -> Ticket:
         for request in requests:
             if self._closed:
                 raise ReadError(str(request.path), request.offset, "the reader is closed")
@@ -32,6 +39,14 @@ class MemoryReader(Reader):
                 reason = os.strerror(errno.ENOENT)
                 raise ReadError(str(request.path), request.offset, reason, errno.ENOENT)
         return MemoryTicket([self._read(request) for request in requests])
+
+    def wait_any(self, tickets: Sequence[Ticket]) -> int:
+        if not tickets:
+            raise ValueError("there is no ticket to wait for")
+        return 0
+
+    def drain(self) -> None:
+        pass
 
     def close(self) -> None:
         self._closed = True
@@ -50,12 +65,14 @@ class MemoryReader(Reader):
                 missing = request.offset + request.nbytes - offset
                 return ReadError(path, offset, f"the file ends {missing} bytes too early")
         with self._lock:
-            self.counters.reads += 1
-            self.counters.bytes += request.nbytes
+            counters = self._counters
+            self._counters = replace(
+                counters, reads=counters.reads + 1, bytes=counters.bytes + request.nbytes
+            )
         return None
 
 
-class MemoryTicket:
+class MemoryTicket(Ticket):
     def __init__(self, outcomes: Sequence[ReadError | None]) -> None:
         self._outcomes = outcomes
 
@@ -63,6 +80,12 @@ class MemoryTicket:
         for error in self._outcomes:
             if error is not None:
                 raise error
+
+    def done(self) -> bool:
+        return True
+
+    def cancel(self) -> int:
+        return 0
 
 
 def limit(buffers: Sequence[memoryview], most: int) -> list[memoryview]:

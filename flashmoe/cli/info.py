@@ -18,7 +18,7 @@ def info(json: options.Json = False) -> None:
 
     from flashmoe import machine
     from flashmoe.cli.console import out, print_json
-    from flashmoe.io.threads import DEFAULT_THREADS
+    from flashmoe.io.pieces import DEFAULT_THREADS
     from flashmoe.kernels.select import AUTO, kernel_statuses
     from flashmoe.units import format_size
 

@@ -27,7 +27,14 @@ FLAGS = (
     "-pthread",
 )
 _Sources = dict[str, tuple[str, ...]]
-_COMMON: _Sources = {"matmul.cpp": (), "rows.cpp": (), "pool.cpp": (), "dispatch.cpp": ()}
+_COMMON: _Sources = {
+    "matmul.cpp": (),
+    "rows.cpp": (),
+    "pool.cpp": (),
+    "dispatch.cpp": (),
+    "reader.cpp": (),
+    "transfer.cpp": (),
+}
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 _X86: _Sources = {"kernels_avx512.cpp": _AVX512, "kernels_avx2.cpp": _AVX2}

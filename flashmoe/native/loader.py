@@ -10,7 +10,7 @@ from typing import Any
 from flashmoe.errors import OptionError
 
 LIBRARY = "libflashmoe.so"  # as build.py names it
-VERSION = "1"  # of the interface, as matmul.cpp states it
+VERSION = "2"  # of the interface, as matmul.cpp states it
 F32, BF16, F16, AFFINE, MXFP4 = range(5)
 OK, UNSUPPORTED, BAD_ARGUMENT, NO_RESOURCES = range(4)
 
