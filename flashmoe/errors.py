@@ -4,6 +4,7 @@ FlashMoEError
 ├── SourceError         a checkpoint cannot be found, read or understood
 ├── StoreError          a store is missing, incomplete, damaged or of another version
 ├── ReadError           bytes of an open file could not be read (carries path, offset, errno)
+│   └── ReadCancelled   a read was dropped before it began
 ├── MemoryBudgetError   what was asked for does not fit (carries the least that would)
 ├── PromptError         a prompt cannot be encoded or does not fit the context
 └── OptionError         an argument is out of range or contradicts another one
@@ -36,6 +37,13 @@ class ReadError(FlashMoEError):
         self.path = path
         self.offset = offset
         self.errno = errno
+
+
+class ReadCancelled(ReadError):
+    """A read was dropped before it began; its buffers hold what they held."""
+
+    def __init__(self, path: str, offset: int) -> None:
+        super().__init__(path, offset, "the read was cancelled before it began")
 
 
 class MemoryBudgetError(FlashMoEError):

@@ -33,7 +33,10 @@ _COMMON: _Sources = {
     "grouping.cpp": (),
     "matmul.cpp": (),
     "pool.cpp": (),
+    "read_pool.cpp": (),
+    "reader.cpp": (),
     "rows.cpp": (),
+    "transfer.cpp": (),
 }
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")

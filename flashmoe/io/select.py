@@ -1,0 +1,91 @@
+"""Which readers exist here, which one a name means, and whether the page cache is used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashmoe import native
+from flashmoe.errors import OptionError
+from flashmoe.io.files import uncached_problem
+from flashmoe.io.mapped import MmapReader
+from flashmoe.io.native import NativeReader
+from flashmoe.io.pieces import DEFAULT_THREADS
+from flashmoe.io.reader import Reader
+from flashmoe.io.threads import ThreadReader
+
+AUTO = "pread"
+
+
+@dataclass(frozen=True)
+class ReaderStatus:
+    """A reader, whether it can run here, and what there is to say about it."""
+
+    name: str
+    available: bool
+    note: str
+
+
+def reader_names() -> list[str]:
+    """The values that `reader=` accepts here."""
+    return ["auto", *(status.name for status in reader_statuses() if status.available)]
+
+
+def reader_statuses() -> list[ReaderStatus]:
+    """Every reader of this package."""
+    missing = native.available()
+    if missing is None:
+        note = f"native library, {DEFAULT_THREADS} threads"
+    else:
+        note = f"{DEFAULT_THREADS} Python threads, because {missing}"
+    return [
+        ReaderStatus("pread", True, note),
+        ReaderStatus("mmap", True, f"memory maps, {DEFAULT_THREADS} Python threads"),
+    ]
+
+
+def resolve_reader(name: str = "auto", page_cache: bool | None = None) -> str:
+    """The name of the reader that `name` stands for.
+
+    Raises OptionError for one that does not exist, or cannot do without the page cache.
+    """
+    chosen = AUTO if name == "auto" else name
+    if chosen not in reader_names():
+        raise OptionError(f"reader must be one of {reader_names()}, not {name!r}")
+    if chosen == "mmap" and page_cache is False:
+        raise OptionError("reader mmap always reads through the page cache: take pread without it")
+    return chosen
+
+
+def open_reader(
+    name: str = "auto", *, page_cache: bool = True, threads: int = DEFAULT_THREADS
+) -> Reader:
+    """The reader of that name; raises OptionError as `resolve_reader` does."""
+    if resolve_reader(name, page_cache) == "mmap":
+        return MmapReader(threads)
+    if native.available() is None:
+        return NativeReader(threads, page_cache=page_cache)
+    return ThreadReader(threads, page_cache=page_cache)
+
+
+def choose_page_cache(
+    page_cache: bool | None, reader: str, path: Path, file_bytes: int, free_bytes: int
+) -> bool:
+    """Whether to read through the page cache.
+
+    None means: unless the `file_bytes` that will be read again and again do not fit into
+    `free_bytes`, and the file system of `path`, one of the files, can do without.
+    Raises OptionError when the page cache is refused and the file system needs it, and
+    ReadError when the file cannot be opened.
+    """
+    if page_cache is True or resolve_reader(reader, page_cache) == "mmap":
+        return True
+    if page_cache is None:
+        return file_bytes <= free_bytes or uncached_problem(path) is not None
+    problem = uncached_problem(path)
+    if problem is not None:
+        raise OptionError(
+            f"{path} is on a file system that reads only through the page cache ({problem}): "
+            "leave the page cache on, or move the store"
+        )
+    return False
