@@ -12,7 +12,6 @@ from flashmoe.errors import OptionError
 from flashmoe.io.native import NativeReader
 from flashmoe.native import build
 
-
 SOURCES = ("reader.cpp", "read_pool.cpp", "transfer.cpp")
 SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
