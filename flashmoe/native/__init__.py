@@ -1,6 +1,6 @@
-"""Matrix products and routed experts over packed weights on the CPU, in C++.
+"""Packed matrix products, routed experts and concurrent reads on the CPU, in C++.
 
-Knows formats and threads; knows no models.
+Knows formats, files and threads; knows no models.
 """
 
 from flashmoe.native.experts import Activation, Experts, expert_forward, experts
