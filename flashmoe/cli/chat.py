@@ -144,7 +144,7 @@ class _Conversation:
             print(f"{line} is no command\n{HELP}")
 
     def _answer(self, line: str) -> None:
-        from flashmoe.cli.console import AnswerReport, print_dim, prompt_progress
+        from flashmoe.cli.console import AnswerReport, print_dim, step_progress
 
         question = {"role": "user", "content": line}
         prompt: Any = [*self._messages, question] if self._template else self._transcript + line
@@ -152,7 +152,7 @@ class _Conversation:
         started = time.perf_counter()
         first_token = 0.0
         text = ""
-        with _stop_on_interrupt() as stopped, prompt_progress() as progress:
+        with _stop_on_interrupt() as stopped, step_progress("reading prompt") as progress:
             for piece in self._session.stream(
                 prompt,
                 max_new_tokens=self._max_tokens,

@@ -33,7 +33,7 @@ def _console(stderr: bool = False) -> Console:
 out = _console()
 err = _console(stderr=True)
 
-# A prompt that takes longer than this gets a progress bar.
+# Steps that take longer than this get a progress bar.
 PATIENCE_SECONDS = 2.0
 
 
@@ -75,12 +75,12 @@ def byte_progress(title: str, quiet: bool = False) -> Iterator[Callable[[int, in
 
 
 @contextmanager
-def prompt_progress(quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A transient bar for prompts that take long; yields `progress(done, total)` in tokens."""
+def step_progress(title: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A transient bar, with ETA, for what takes long; yields `progress(done, total)` in steps."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
 
-    columns = (TextColumn("reading prompt"), BarColumn(), MofNCompleteColumn(), Remaining())
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), Remaining())
     bar = Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal)
     task = bar.add_task("", total=None)
     started = time.perf_counter()

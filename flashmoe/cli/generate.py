@@ -46,7 +46,7 @@ def generate(
     if prompt is None:
         raise typer.BadParameter("give a prompt with -p TEXT, or -p - for standard input")
     text = _read_stdin() if prompt == "-" else prompt
-    from flashmoe.cli.console import AnswerReport, print_dim, print_json, prompt_progress
+    from flashmoe.cli.console import AnswerReport, print_dim, print_json, step_progress
     from flashmoe.generation.session import Sampling, check_max_tokens
 
     check_max_tokens(max_tokens)
@@ -55,7 +55,7 @@ def generate(
         model, memory=memory, cache=cache, context=context, kernel=kernel, quiet=json
     )
     pieces = []
-    with loaded, prompt_progress(quiet=json) as progress:
+    with loaded, step_progress("reading prompt", quiet=json) as progress:
         started = time.perf_counter()
         first_token = 0.0
         stream = loaded.session().stream(
