@@ -18,6 +18,7 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+StorePath = Annotated[str, typer.Argument(metavar="STORE", help="A folder that repack made.")]
 Memory = Annotated[
     str | None,
     typer.Option(

@@ -15,8 +15,6 @@ from flashmoe.units import format_count, format_duration, format_size
 if TYPE_CHECKING:
     from flashmoe.store.inspect import StoreSummary
 
-StorePath = Annotated[str, typer.Argument(metavar="STORE", help="A folder that repack made.")]
-
 
 def repack(
     source: Annotated[
@@ -96,7 +94,7 @@ def repack(
     )
 
 
-def inspect(store: StorePath, json: options.Json = False) -> None:
+def inspect(store: options.StorePath, json: options.Json = False) -> None:
     """Show what a store holds: sizes, bits and a table of its layers."""
     from rich.table import Table
 
@@ -133,7 +131,7 @@ def inspect(store: StorePath, json: options.Json = False) -> None:
     out.print(table)
 
 
-def verify(store: StorePath, json: options.Json = False) -> None:
+def verify(store: options.StorePath, json: options.Json = False) -> None:
     """Re-hash a whole store; name the first file, tensor and offset that is damaged."""
     from flashmoe.cli.console import byte_progress, out, print_json
     from flashmoe.store.verify import verify as run

@@ -1,0 +1,71 @@
+"""The plainest concurrent reading there is, to compare readers with."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from flashmoe.errors import ReadError
+from flashmoe.io.files import OpenFiles
+
+
+def plain_rate(
+    places: Sequence[tuple[Path, int]],
+    size_bytes: int,
+    threads: int,
+    seconds: float,
+    page_cache: bool,
+) -> float:
+    """Bytes per second that threads get which each read `size_bytes` at one place after the
+    other, for `seconds` or until every (path, offset) was read once.
+
+    Every thread has one page-aligned buffer; nothing is split, scattered or waited for. Raises
+    ReadError when a place cannot be read.
+    """
+    with contextlib.closing(OpenFiles(page_cache)) as files:
+        opened = {path: files.descriptor(path, 0) for path, _ in places}
+        if page_cache and hasattr(os, "posix_fadvise"):
+            for descriptor in opened.values():
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        todo = iter([(path, opened[path], offset) for path, offset in places])
+        ready = threading.Barrier(threads + 1)
+        with ThreadPoolExecutor(threads) as pool:
+            sizes = [
+                pool.submit(_read_on, todo, size_bytes, seconds, ready) for _ in range(threads)
+            ]
+            ready.wait()
+            started = time.perf_counter()
+            total = sum(size.result() for size in sizes)
+            return total / (time.perf_counter() - started)
+
+
+def _read_on(
+    todo: Iterator[tuple[Path, int, int]],
+    size_bytes: int,
+    seconds: float,
+    ready: threading.Barrier,
+) -> int:
+    """Read what `todo`, which threads share, says; returns the bytes read."""
+    buffer = mmap.mmap(-1, size_bytes)
+    buffer.write(bytes(size_bytes))
+    total = 0
+    ready.wait()
+    deadline = time.perf_counter() + seconds
+    # A list's iterator hands out each item once, whoever asks.
+    for path, descriptor, offset in todo:
+        try:
+            count = os.preadv(descriptor, [buffer], offset)
+        except OSError as error:
+            raise ReadError(str(path), offset, str(error.strerror), error.errno) from None
+        if count == 0:
+            raise ReadError(str(path), offset, "the file ends too early")
+        total += count
+        if time.perf_counter() > deadline:
+            break
+    return total
