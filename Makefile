@@ -3,13 +3,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo.flashmoe
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint cross bench clean
 
 help:
 	@echo "make setup   a virtual environment in $(VENV) with flashmoe and its development tools"
 	@echo "make demo    repack the bundled model and ask it questions, its experts on disk"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
+	@echo "make cross   compile for macOS on ARM, and run the NEON kernels under emulation"
 	@echo "make bench   decode speed over bank sizes, beside the resident model"
 	@echo "make clean   remove what these targets made"
 
@@ -46,6 +47,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Where the compiler does not install, the script says that it is missing.
+cross: $(VENV)/run.stamp
+	-$(BIN)/python -m pip install --quiet --group cross
+	$(BIN)/python scripts/check_cross.py $(CROSS)
 
 bench: setup
 	$(BIN)/flashmoe bench decode

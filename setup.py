@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            build["build_library"](target, compiler=os.environ.get("CXX"))
+            build["build_library"](target, compiler=shlex.split(os.environ.get("CXX", "")))
         except build["CompilationError"] as error:
             print(
                 f"warning: flashmoe is installed without its native library: {error}",

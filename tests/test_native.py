@@ -314,7 +314,7 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(build.CompilationError, match=r"no C\+\+ compiler"):
         build.build_library(tmp_path / "library.so")
     with pytest.raises(build.CompilationError, match="cannot be run"):
-        build.build_library(tmp_path / "library.so", compiler=str(tmp_path / "c++"))
+        build.build_library(tmp_path / "library.so", compiler=[str(tmp_path / "c++")])
     assert list(tmp_path.iterdir()) == []
 
 

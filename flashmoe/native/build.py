@@ -68,31 +68,38 @@ def find_compiler() -> str | None:
 def build_library(
     target: Path,
     *,
-    compiler: str | None = None,
+    compiler: Sequence[str] = (),
+    machine: str | None = None,
     flags: Sequence[str] = (),
+    link_flags: Sequence[str] = (),
     extra: Sequence[Path] = (),
     shared: bool = True,
 ) -> None:
-    """Compile every source and the `extra` ones and link them to `target`.
+    """Compile every source for a machine and the `extra` ones and link them to `target`.
 
-    `flags` go to every compilation and to the link, after ours. Raises CompilationError.
+    `compiler` is a command in words, such as ["ccache", "g++"], for this machine unless its words
+    or flags say otherwise; `machine` names the one it compiles for, as `platform.machine()` does.
+    `flags` go to every compilation and to the link, after ours, `link_flags` to the link alone.
+    Raises CompilationError.
     """
-    compiler = compiler or find_compiler()
-    if compiler is None:
-        raise CompilationError("no C++ compiler (c++, g++ or clang++) was found")
+    if not compiler:
+        found = find_compiler()
+        if found is None:
+            raise CompilationError("no C++ compiler (c++, g++ or clang++) was found")
+        compiler = [found]
     here = Path(__file__).parent
-    files = [(here / name, own) for name, own in sources().items()]
+    files = [(here / name, own) for name, own in sources(machine).items()]
     files += [(path, ()) for path in extra]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as threads:
         objects = [Path(folder) / f"{path.stem}.o" for path, _ in files]
         commands = [
-            [compiler, *FLAGS, *flags, *own, f"-I{here}", "-c", path, "-o", output]
+            [*compiler, *FLAGS, *flags, *own, f"-I{here}", "-c", path, "-o", output]
             for (path, own), output in zip(files, objects, strict=True)
         ]
         list(threads.map(_run, commands))
         linked = Path(folder) / target.name
         kind = ("-shared",) if shared else ()
-        _run([compiler, *kind, "-pthread", *flags, "-o", linked, *objects])
+        _run([*compiler, *kind, "-pthread", *flags, *link_flags, "-o", linked, *objects])
         # Moved into place whole: a process that has the old file loaded keeps it.
         partial = target.with_name(f"{target.name}.partial")
         shutil.copy2(linked, partial)
