@@ -3,12 +3,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo.flashmoe
 
-.PHONY: help setup demo test lint cross bench clean
+.PHONY: help setup demo test test-without-native lint cross bench clean
 
 help:
 	@echo "make setup   a virtual environment in $(VENV) with flashmoe and its development tools"
 	@echo "make demo    repack the bundled model and ask it questions, its experts on disk"
 	@echo "make test    run the tests"
+	@echo "make test-without-native   the same (or TESTS=...) as if there were no C++ compiler"
 	@echo "make lint    ruff and mypy"
 	@echo "make cross   compile for macOS on ARM, and run the NEON kernels under emulation"
 	@echo "make bench   decode speed over bank sizes, beside the resident model"
@@ -17,6 +18,7 @@ help:
 setup: $(VENV)/dev.stamp
 
 NATIVE := $(wildcard flashmoe/native/*.cpp flashmoe/native/*.h flashmoe/native/*.inl)
+LIBRARY := flashmoe/native/libflashmoe.so
 
 $(VENV)/run.stamp: pyproject.toml setup.py flashmoe/native/build.py $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flashmoe needs Python 3.11 or newer; run make PYTHON=/path/to/python3.11")'
@@ -42,6 +44,11 @@ demo: $(VENV)/run.stamp
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-without-native: setup
+	rm -f $(LIBRARY)
+	$(BIN)/python -m pytest $(TESTS); status=$$?; \
+	$(BIN)/python -m flashmoe.native.build && exit $$status
 
 lint: setup
 	$(BIN)/ruff check .
