@@ -26,7 +26,7 @@ class BuildNative(build_ext):
             build["build_library"](target, compiler=os.environ.get("CXX"))
         except build["CompilationError"] as error:
             print(
-                f"warning: flashmoe is installed without its native CPU kernels: {error}",
+                f"warning: flashmoe is installed without its native library: {error}",
                 file=sys.stderr,
             )
 

@@ -22,7 +22,8 @@ from flashmoe.checkpoint.tokenizer import load_tokenizer
 from flashmoe.errors import FlashMoEError, OptionError
 from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
-from flashmoe.io.threads import ThreadReader
+from flashmoe.io.reader import Reader
+from flashmoe.io.select import choose_page_cache, open_reader, resolve_reader
 from flashmoe.kernels.select import resolve_kernel, select_kernel
 from flashmoe.locate import open_model
 from flashmoe.model.load import build_skeleton, load_resident, stream_experts, use_native_linears
@@ -43,7 +44,8 @@ class FlashMoEModel:
     """A mixture-of-experts model whose routed experts are read from disk as they are needed.
 
     Attributes: `model` the mlx-lm module (`model.model(tokens[None])` gives logits), `tokenizer`
-    mlx-lm's wrapper, `store` the open store, `memory_plan` where each byte goes.
+    mlx-lm's wrapper, `store` the open store, `memory_plan` where each byte goes, `reader` and
+    `page_cache` how records are read.
     """
 
     def __init__(
@@ -55,9 +57,19 @@ class FlashMoEModel:
         kernel: str = "auto",
         context: int | None = None,
         dtype: str = "auto",
+        reader: str = "auto",
+        page_cache: bool | None = None,
     ) -> None:
         """Load an open store; see `from_pretrained` for the options."""
-        check_options(memory=memory, cache=cache, kernel=kernel, context=context, dtype=dtype)
+        check_options(
+            memory=memory,
+            cache=cache,
+            kernel=kernel,
+            context=context,
+            dtype=dtype,
+            reader=reader,
+            page_cache=page_cache,
+        )
         chosen = resolve_kernel(kernel)
         config = read_config(store.path)
         widen = _widen(dtype, config)
@@ -91,6 +103,15 @@ class FlashMoEModel:
             ),
             demands=demands,
         )
+        self.reader = resolve_reader(reader)
+        self.page_cache = choose_page_cache(
+            page_cache,
+            self.reader,
+            store.file(store.manifest.layers[0].layout.file),
+            file_bytes=store.manifest.streamed_bytes,
+            free_bytes=machine.usable_memory_bytes()
+            - (self.memory_plan.planned_bytes - self.memory_plan.process_bytes),
+        )
         mx.set_cache_limit(self.memory_plan.reuse_bytes)
         load_resident(skeleton, store, widen)
         if chosen == "cpu":
@@ -99,7 +120,7 @@ class FlashMoEModel:
         self.tokenizer = tokenizer
         self.context = context
         self._stats = Stats()
-        self._reader: ThreadReader | None = ThreadReader()
+        self._reader: Reader | None = open_reader(self.reader, page_cache=self.page_cache)
         streaming = stream_experts(
             skeleton,
             store,
@@ -122,6 +143,8 @@ class FlashMoEModel:
         kernel: str = "auto",
         context: int | None = None,
         dtype: str = "auto",
+        reader: str = "auto",
+        page_cache: bool | None = None,
         bits: int | None = None,
         group_size: int | None = None,
         resident_bits: int | None = None,
@@ -142,11 +165,23 @@ class FlashMoEModel:
         dtype: "float32" widens 16-bit floats when they are loaded, "stored" keeps them;
             "auto" widens on CPUs, where MLX is several times faster in float32, and wherever the
             model's config states float32.
+        reader: "pread", "mmap", or "auto", which means pread: by the native library where it
+            was built, otherwise by Python threads.
+        page_cache: whether records are read through the operating system's page cache; by
+            default unless all of them do not fit into the memory that is left beside the process.
 
         Raises SourceError, StoreError, OptionError, or MemoryBudgetError naming the least that
         would fit.
         """
-        check_options(memory=memory, cache=cache, kernel=kernel, context=context, dtype=dtype)
+        check_options(
+            memory=memory,
+            cache=cache,
+            kernel=kernel,
+            context=context,
+            dtype=dtype,
+            reader=reader,
+            page_cache=page_cache,
+        )
         store = open_model(
             path_or_id.path if isinstance(path_or_id, Store) else path_or_id,
             bits=bits,
@@ -155,7 +190,16 @@ class FlashMoEModel:
             revision=revision,
             progress=progress,
         )
-        return cls(store, memory=memory, cache=cache, kernel=kernel, context=context, dtype=dtype)
+        return cls(
+            store,
+            memory=memory,
+            cache=cache,
+            kernel=kernel,
+            context=context,
+            dtype=dtype,
+            reader=reader,
+            page_cache=page_cache,
+        )
 
     @property
     def model(self) -> nn.Module:
@@ -252,6 +296,8 @@ def check_options(
     kernel: str,
     context: int | None,
     dtype: str = "auto",
+    reader: str = "auto",
+    page_cache: bool | None = None,
 ) -> None:
     """Raise OptionError for a value that is wrong for every model, before one is fetched."""
     if memory is not None:
@@ -259,6 +305,7 @@ def check_options(
     if cache is not None and cache != "min":
         parse_size(cache)
     resolve_kernel(kernel)
+    resolve_reader(reader, page_cache)
     if context is not None and context < 1:
         raise OptionError(f"context must be at least 1 token, not {context}")
     if dtype not in ("auto", "float32", "stored"):

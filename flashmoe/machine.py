@@ -8,23 +8,104 @@ from pathlib import Path
 
 import psutil
 
-_CGROUP_LIMITS = (
-    "/sys/fs/cgroup/memory.max",
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+
+def usable_memory_bytes() -> int:
+    """Memory that this process could still take without swapping, container limits included.
+
+    Memory that holds nothing but the page cache counts as free.
+    """
+    usable = int(psutil.virtual_memory().available)
+    left = cgroup_memory_left()
+    return usable if left is None else min(usable, left)
+
+
+def cgroup_memory_left(root: Path = Path("/")) -> int | None:
+    """What the control groups of this process still allow, None when none of them has a limit.
+
+    Every group on the way up has its own limit, from which comes off what its processes hold
+    and the kernel cannot take back. `root` is where /proc and the groups are found.
+    """
+    try:
+        memberships = (root / "proc/self/cgroup").read_text().splitlines()
+        mounts = (root / "proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return None
+    lefts = []
+    for mount in mounts:
+        # "31 23 0:28 / /sys/fs/cgroup rw,relatime shared:9 - cgroup2 cgroup2 rw"; see proc(5).
+        before, _, after = mount.partition(" - ")
+        inner, mounted_at = before.split()[3:5]
+        kind, _, options = after.partition(" ")
+        if kind == "cgroup2":
+            files = _V2
+            member = [line[3:] for line in memberships if line.startswith("0::")]
+        elif kind == "cgroup" and "memory" in options.rpartition(" ")[2].split(","):
+            files = _V1
+            fields = [line.split(":", 2) for line in memberships]
+            member = [path for _, controllers, path in fields if "memory" in controllers.split(",")]
+        else:
+            continue
+        top = root / mounted_at.lstrip("/")
+        for path in member:
+            # A container may see a part of the hierarchy only, and its own path from the outside.
+            group = top / path.removeprefix(inner).lstrip("/")
+            if ".." in group.parts or not group.is_dir():
+                group = top
+            while True:
+                lefts += files.left(group)
+                if group == top:
+                    break
+                group = group.parent
+    return min(lefts, default=None)
+
+
+# Version 1 states the largest number of whole pages when there is no limit.
+_UNLIMITED = 1 << 60
+
+
+class _Files:
+    """Where a version of control groups keeps its numbers."""
+
+    def __init__(self, limits: tuple[str, ...], usage: str, reclaimable: tuple[str, ...]) -> None:
+        self._limits = limits
+        self._usage = usage
+        self._reclaimable = reclaimable
+
+    def left(self, group: Path) -> list[int]:
+        """What each limit of a group leaves."""
+        numbers = [_number(group / name) for name in self._limits]
+        limits = [number for number in numbers if number is not None and number < _UNLIMITED]
+        if not limits:
+            return []
+        held = _number(group / self._usage) or 0
+        try:
+            lines = (group / "memory.stat").read_text().splitlines()
+        except OSError:
+            lines = []
+        pairs = [line.split() for line in lines]
+        held -= sum(int(pair[1]) for pair in pairs if pair[0] in self._reclaimable)
+        return [max(0, limit - max(0, held)) for limit in limits]
+
+
+_V2 = _Files(
+    ("memory.max", "memory.high"),
+    "memory.current",
+    ("active_file", "inactive_file", "slab_reclaimable"),
+)
+_V1 = _Files(
+    ("memory.limit_in_bytes",),
+    "memory.usage_in_bytes",
+    ("total_active_file", "total_inactive_file"),
 )
 
 
-def usable_memory_bytes() -> int:
-    """Memory that a new process could take without swapping, container limits included."""
-    usable = int(psutil.virtual_memory().available)
-    for name in _CGROUP_LIMITS:
-        try:
-            text = Path(name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            usable = min(usable, int(text))
-    return usable
+def _number(path: Path) -> int | None:
+    """The number in a file; None without one, as in "max"."""
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
 
 
 def resident_set_bytes() -> int:

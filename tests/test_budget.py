@@ -248,7 +248,7 @@ def test_layer_demands():
     assert layer_demands(layers, False) == [LayerDemand(4428, 2, 4), LayerDemand(4428, 3, 9)]
     assert layer_demands(layers, True) == [LayerDemand(4760, 2, 4), LayerDemand(4760, 3, 9)]
     assert all_staging_bytes(layers, False) == 0
-    assert all_staging_bytes(layers, True) == 5 * 332
+    assert all_staging_bytes(layers, True) == 5 * 2 * 4096
 
 
 def test_resident_bytes():

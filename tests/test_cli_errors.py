@@ -85,6 +85,8 @@ BAD_OPTIONS = {
     "cache of many digits": (f"--cache {'9' * 400}GB", 2, "size"),
     "too little cache": ("--cache 1kB", 1, "the least that works is 1106kB"),
     "unknown kernel": ("--kernel nonsense", 2, "nonsense"),
+    "unknown reader": ("--reader nonsense", 2, "nonsense"),
+    "maps without the page cache": ("--reader mmap --no-page-cache", 2, "mmap"),
     "negative temperature": ("--temp -1", 2, "-1"),
     "temperature that is no number": ("--temp nan --max-tokens 1", 2, "nan"),
     "infinite temperature": ("--temp inf --max-tokens 1", 2, "inf"),
@@ -104,6 +106,8 @@ BAD_OPTIONS = {
 }
 BAD_WITHOUT_A_MODEL = (
     "--kernel nonsense",
+    "--reader nonsense",
+    "--reader mmap --no-page-cache",
     "--memory banana",
     "--memory min",
     "--cache 12XB",

@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 from answers import BARN, BARN_ANSWER, HELLO, HELLO_ANSWER
+from reader_cases import POOLS
 
-from flashmoe import FlashMoEModel, ReadError
+from flashmoe import FlashMoEModel, ReadError, engine
 
 
 class Faulty:
@@ -26,10 +27,20 @@ class Faulty:
         return os.preadv(descriptor, buffers, offset)
 
 
+@pytest.fixture(params=list(POOLS))
+def faulty_demo(request, demo_store, monkeypatch):
+    """The demo model with the smallest bank, and the preadv that its reader uses."""
+    faulty = Faulty(10**9)
+    pool = POOLS[request.param]
+    monkeypatch.setattr(engine, "open_reader", lambda name, page_cache: pool(8, faulty))
+    with FlashMoEModel.from_pretrained(demo_store, cache="min") as model:
+        yield model, faulty
+
+
 @pytest.mark.parametrize("first", [0, 1, 30, 200])
-def test_a_read_error_in_the_middle(small_demo, first, monkeypatch):
-    faulty = Faulty(first)
-    monkeypatch.setattr(small_demo._reader, "_preadv", faulty)
+def test_a_read_error_in_the_middle(faulty_demo, first):
+    small_demo, faulty = faulty_demo
+    faulty.left = first
     session = small_demo.session()
     with pytest.raises(ReadError) as error:
         list(session.stream(BARN))

@@ -1,57 +1,20 @@
-"""One contract, every reader through it."""
+"""One contract, every reader through it: bytes and errors."""
 
-import contextlib
 import errno
 import os
 import random
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
-from disk import open_descriptors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from readers import MemoryReader, broken_preadv, delayed_preadv, short_preadv
+from reader_cases import CASES, CONTENT, ONES, Case, buffers_of, joined
 
-from flashmoe.errors import FlashMoEError, ReadError
-from flashmoe.io.reader import Reader, ReadRequest
-from flashmoe.io.threads import ThreadReader
-
-CONTENT = random.Random(0).randbytes(50_000)
-ONES = b"\xaa"
-
-WRAPPERS: dict[str, Callable[..., Callable[..., int]]] = {
-    "threads": lambda preadv: preadv,
-    "short reads": lambda preadv: short_preadv(1, preadv),
-    "delays": lambda preadv: delayed_preadv(2, preadv),
-    "short reads and delays": lambda preadv: delayed_preadv(3, short_preadv(3, preadv)),
-}
+from flashmoe.errors import FlashMoEError, ReadCancelled, ReadError
+from flashmoe.io.reader import Priority, ReadRequest, Scatter
 
 
-@dataclass
-class Case:
-    """An implementation and the files it reads."""
-
-    name: str
-    folder: Path
-    files: dict[Path, bytes] = field(default_factory=dict)
-
-    def write(self, name: str, content: bytes) -> Path:
-        path = self.folder / name
-        path.write_bytes(content)
-        self.files[path] = content
-        return path
-
-    def reader(self, bad_offset: int | None = None, threads: int = 4) -> Reader:
-        if self.name == "memory":
-            return MemoryReader(self.files, bad_offset)
-        preadv = os.preadv if bad_offset is None else broken_preadv(bad_offset)
-        return ThreadReader(threads, WRAPPERS[self.name](preadv))
-
-
-@pytest.fixture(scope="module", params=[*WRAPPERS, "memory"])
+@pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
     case = Case(request.param, tmp_path_factory.mktemp("readers"))
     case.write("a", CONTENT)
@@ -60,26 +23,11 @@ def case(request, tmp_path_factory):
     return case
 
 
-@pytest.fixture(scope="module", params=list(WRAPPERS))
-def file_case(request, tmp_path_factory):
-    case = Case(request.param, tmp_path_factory.mktemp("readers"))
-    case.write("a", CONTENT)
-    return case
-
-
 @pytest.fixture
 def reader(case):
     reader = case.reader()
     yield reader
     reader.close()
-
-
-def buffers_of(*sizes):
-    return [memoryview(bytearray(ONES * size)) for size in sizes]
-
-
-def joined(buffers):
-    return b"".join(buffers)
 
 
 class TestContract:
@@ -96,6 +44,15 @@ class TestContract:
         assert joined(buffers) == CONTENT[5:4109]
         assert buffers[1] == CONTENT[5:12]
         assert buffers[5] == CONTENT[4108:4109]
+
+    def test_a_destination_that_is_kept(self, case, reader):
+        scatter = Scatter(buffers_of(70, 0, 30))
+        for offset in (5, 4000, 49_900):
+            request = ReadRequest(case.folder / "a", offset, scatter)
+            assert request.nbytes == scatter.nbytes == 100
+            reader.submit([request], Priority.FORECAST).wait()
+            assert joined(scatter) == CONTENT[offset : offset + 100]
+        assert (len(scatter), len(scatter[1]), scatter[0][0]) == (3, 0, CONTENT[49_900])
 
     def test_slices_of_one_array(self, case, reader):
         array = bytearray(ONES * 100)
@@ -184,23 +141,25 @@ class TestContract:
         assert (caught.value.offset, caught.value.errno) == (0, None)
 
     def test_a_bad_sector(self, case):
-        reader = case.reader(bad_offset=5000)
+        # Reads past the page cache cannot have the rest of its block either.
+        bad_block = 8192
+        reader = case.reader(bad_offset=bad_block)
         path = case.folder / "a"
         good = ReadRequest(path, 0, buffers_of(2500, 2500))
-        bad = ReadRequest(path, 3000, buffers_of(1000, 2000))
+        bad = ReadRequest(path, 6192, buffers_of(1000, 2000))
         reader.submit([good]).wait()
         ticket = reader.submit([bad])
         with pytest.raises(ReadError) as caught:
             ticket.wait()
         assert isinstance(caught.value, FlashMoEError)
         assert (caught.value.path, caught.value.errno) == (str(path), errno.EIO)
-        assert 3000 <= caught.value.offset <= 5000
+        assert 6192 <= caught.value.offset <= bad_block
         assert os.strerror(errno.EIO) in str(caught.value)
         assert joined(good.buffers) == CONTENT[:5000]
         # A reader outlives a failed batch.
-        after = ReadRequest(path, 5001, buffers_of(3))
+        after = ReadRequest(path, bad_block + 4097, buffers_of(3))
         reader.submit([after]).wait()
-        assert joined(after.buffers) == CONTENT[5001:5004]
+        assert joined(after.buffers) == CONTENT[bad_block + 4097 :][:3]
         reader.close()
 
     def test_the_first_failed_request_is_the_one_raised(self, case):
@@ -252,6 +211,8 @@ class TestContract:
         assert (reader.counters.reads, reader.counters.bytes) == (2, 200)
         assert reader.counters.seconds >= 0
         reader.close()
+        # A closed reader keeps them.
+        assert (reader.counters.reads, reader.counters.bytes) == (2, 200)
 
     def test_a_closed_reader_refuses(self, case, reader):
         reader.submit([ReadRequest(case.folder / "a", 0, buffers_of(1))]).wait()
@@ -271,7 +232,67 @@ class TestContract:
             assert joined(request.buffers) == CONTENT[i : i + 100]
         ticket.wait()
 
-    @settings(max_examples=50)
+    def test_tickets(self, case, reader):
+        requests = [ReadRequest(case.folder / "a", i, buffers_of(1000)) for i in range(4)]
+        tickets = [reader.submit(requests[:2]), reader.submit(requests[2:], Priority.FORECAST)]
+        waiting = [0, 1]
+        while waiting:
+            ended = waiting[reader.wait_any([tickets[i] for i in waiting])]
+            assert tickets[ended].done()
+            tickets[ended].wait()
+            for i in (0, 1):
+                begin = 2 * ended + i
+                assert joined(requests[begin].buffers) == CONTENT[begin:][:1000]
+            waiting.remove(ended)
+        assert reader.wait_any(tickets) in (0, 1)
+        assert [ticket.cancel() for ticket in tickets] == [0, 0]
+        assert reader.submit([]).done()
+        with pytest.raises(ValueError, match="no ticket"):
+            reader.wait_any([])
+
+    def test_a_failed_ticket_has_ended(self, case, reader):
+        bad = reader.submit([ReadRequest(case.folder / "empty", 3, buffers_of(1))])
+        assert reader.wait_any([bad]) == 0
+        assert bad.done()
+        for _ in range(2):
+            with pytest.raises(ReadError, match="too early"):
+                bad.wait()
+
+    def test_cancelling(self, case, reader):
+        """Whatever has begun by then: what is not dropped is whole, the rest untouched."""
+        for _ in range(20):
+            requests = [ReadRequest(case.folder / "a", i, buffers_of(900)) for i in range(30)]
+            ticket = reader.submit(requests, Priority.FORECAST)
+            dropped = ticket.cancel()
+            if dropped:
+                with pytest.raises(ReadCancelled, match="cancelled before it began"):
+                    ticket.wait()
+            else:
+                ticket.wait()
+            assert ticket.done()
+            whole = [joined(r.buffers) == CONTENT[r.offset :][:900] for r in requests]
+            assert sum(whole) == 30 - dropped
+            if not case.name.startswith("faulty"):
+                untouched = {
+                    joined(r.buffers) for r, w in zip(requests, whole, strict=True) if not w
+                }
+                assert untouched <= {ONES * 900}
+
+    def test_draining(self, case, reader):
+        requests = [ReadRequest(case.folder / "a", i, buffers_of(900)) for i in range(30)]
+        tickets = [reader.submit([request]) for request in requests]
+        reader.drain()
+        assert all(ticket.done() for ticket in tickets)
+        for request in requests:
+            request.buffers[0][:] = ONES * 900
+        again = ReadRequest(case.folder / "a", 7, buffers_of(900))
+        reader.submit([again]).wait()
+        reader.close()
+        reader.drain()
+        assert joined(again.buffers) == CONTENT[7:907]
+        assert {joined(request.buffers) for request in requests} == {ONES * 900}
+
+    @settings(max_examples=25)
     @given(
         st.integers(0, 49_000),
         st.lists(st.lists(st.integers(0, 90), max_size=9), min_size=1, max_size=6),
@@ -283,97 +304,3 @@ class TestContract:
         reader.close()
         for request in requests:
             assert joined(request.buffers) == CONTENT[offset : offset + request.nbytes]
-
-
-class TestFiles:
-    @pytest.mark.parametrize("offset", [2**31 - 3, 2**32 - 3, 2**32 + 5, 2**40 + 1])
-    def test_far_offsets(self, file_case, offset):
-        path = file_case.folder / f"far-{offset}"
-        with path.open("wb") as file:
-            file.seek(offset)
-            file.write(b"flashmoe")
-        reader = file_case.reader()
-        buffers = buffers_of(5, 3, 5)
-        reader.submit([ReadRequest(path, offset - 5, buffers)]).wait()
-        assert [bytes(buffer) for buffer in buffers] == [bytes(5), b"fla", b"shmoe"]
-        with pytest.raises(ReadError) as caught:
-            reader.submit([ReadRequest(path, offset, buffers_of(9))]).wait()
-        assert caught.value.offset == offset + 8
-        reader.close()
-
-    def test_more_buffers_than_one_system_call_takes(self, file_case):
-        buffers = buffers_of(*[3] * 3000)
-        with contextlib.closing(file_case.reader()) as reader:
-            reader.submit([ReadRequest(file_case.folder / "a", 1, buffers)]).wait()
-        assert joined(buffers) == CONTENT[1:9001]
-
-    def test_descriptors_are_given_back(self, file_case):
-        before = open_descriptors()
-        reader = file_case.reader()
-        paths = [file_case.write(f"file-{i}", CONTENT[i : i + 100]) for i in range(5)]
-        for _ in range(3):
-            reader.submit([ReadRequest(path, 0, buffers_of(100)) for path in paths]).wait()
-        assert len(open_descriptors() - before) == 5
-        reader.close()
-        assert open_descriptors() <= before
-
-    def test_threads_are_given_back(self, file_case):
-        before = set(threading.enumerate())
-        reader = file_case.reader(threads=3)
-        path = file_case.folder / "a"
-        reader.submit([ReadRequest(path, i, buffers_of(9)) for i in range(30)]).wait()
-        assert len(set(threading.enumerate()) - before) <= 3
-        reader.close()
-        assert set(threading.enumerate()) <= before
-
-    def test_a_folder(self, file_case):
-        reader = file_case.reader()
-        with pytest.raises(ReadError) as caught:
-            reader.submit([ReadRequest(file_case.folder, 0, buffers_of(1))]).wait()
-        assert caught.value.errno == errno.EISDIR
-        reader.close()
-
-
-def test_requests_run_at_the_same_time(tmp_path):
-    """Four threads meet inside preadv: with fewer, the barrier would break."""
-    (tmp_path / "a").write_bytes(CONTENT)
-    barrier = threading.Barrier(4, timeout=5)
-
-    def preadv(descriptor, buffers, offset):
-        barrier.wait()
-        return os.preadv(descriptor, buffers, offset)
-
-    reader = ThreadReader(4, preadv)
-    requests = [ReadRequest(tmp_path / "a", i, buffers_of(10)) for i in range(8)]
-    reader.submit(requests).wait()
-    reader.close()
-    assert [joined(request.buffers) for request in requests] == [
-        CONTENT[i : i + 10] for i in range(8)
-    ]
-
-
-def test_one_call_per_request(tmp_path):
-    """A record's components and the padding between them are one read."""
-    (tmp_path / "a").write_bytes(CONTENT)
-    calls = []
-
-    def preadv(descriptor, buffers, offset):
-        calls.append((offset, [len(buffer) for buffer in buffers]))
-        return os.preadv(descriptor, buffers, offset)
-
-    reader = ThreadReader(1, preadv)
-    reader.submit([ReadRequest(tmp_path / "a", 9, buffers_of(4, 0, 5, 6))]).wait()
-    reader.close()
-    assert calls == [(9, [4, 5, 6])]
-
-
-def test_an_error_that_is_no_read_error_passes(tmp_path):
-    (tmp_path / "a").write_bytes(CONTENT)
-
-    def preadv(descriptor, buffers, offset):
-        raise MemoryError("injected")
-
-    reader = ThreadReader(1, preadv)
-    with pytest.raises(MemoryError, match="injected"):
-        reader.submit([ReadRequest(tmp_path / "a", 0, buffers_of(1))]).wait()
-    reader.close()

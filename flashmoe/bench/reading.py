@@ -57,7 +57,7 @@ class Destinations:
         count = max(most_batch, SLOTS_BYTES // files.record.stride)
         # Widening is work that follows reading, so records land as they are stored.
         self._memory = SlotMemory(files.record, count, 1, widen=False)
-        self._scatters = [Scatter(self._memory.buffers(slot, 0)) for slot in range(count)]
+        self._scatters = [self._memory.destination(slot, 0) for slot in range(count)]
         self._next = 0
 
     def take(self, count: int) -> list[Scatter]:

@@ -41,6 +41,8 @@ def chat(
     system: options.System = None,
     no_template: options.NoTemplate = False,
     kernel: options.Kernel = "auto",
+    reader: options.Reader = "auto",
+    page_cache: options.PageCache = None,
     stats: options.ShowStats = False,
 ) -> None:
     """Chat with a model; type /help inside for commands.
@@ -55,7 +57,15 @@ def chat(
 
     check_max_tokens(max_tokens)
     sampling = Sampling(temp, top_p, top_k, min_p, seed)
-    loaded = options.load(model, memory=memory, cache=cache, context=context, kernel=kernel)
+    loaded = options.load(
+        model,
+        memory=memory,
+        cache=cache,
+        context=context,
+        kernel=kernel,
+        reader=reader,
+        page_cache=page_cache,
+    )
     with loaded:
         manifest = loaded.store.manifest
         slots = sum(loaded.memory_plan.slots)

@@ -36,6 +36,8 @@ def generate(
     system: options.System = None,
     no_template: options.NoTemplate = False,
     kernel: options.Kernel = "auto",
+    reader: options.Reader = "auto",
+    page_cache: options.PageCache = None,
     stats: options.ShowStats = False,
     json: options.Json = False,
 ) -> None:
@@ -52,7 +54,14 @@ def generate(
     check_max_tokens(max_tokens)
     sampling = Sampling(temp, top_p, top_k, min_p, seed)
     loaded = options.load(
-        model, memory=memory, cache=cache, context=context, kernel=kernel, quiet=json
+        model,
+        memory=memory,
+        cache=cache,
+        context=context,
+        kernel=kernel,
+        reader=reader,
+        page_cache=page_cache,
+        quiet=json,
     )
     pieces = []
     with loaded, step_progress("reading prompt", quiet=json) as progress:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from flashmoe.cli import options
+
+if TYPE_CHECKING:
+    from flashmoe.io.select import ReaderStatus
+    from flashmoe.kernels.select import KernelStatus
 
 PACKAGES = ("flashmoe", "mlx", "mlx-lm", "transformers", "huggingface_hub", "numpy")
 
 
 def info(json: options.Json = False) -> None:
-    """Show versions, the device, and which kernels there are and why."""
+    """Show versions, the device, and which kernels and readers there are and why."""
     import platform
 
     import mlx.core as mx
 
     from flashmoe import machine
     from flashmoe.cli.console import out, print_json
-    from flashmoe.io.pieces import DEFAULT_THREADS
+    from flashmoe.io.select import reader_statuses, resolve_reader
     from flashmoe.kernels.select import AUTO, kernel_statuses
     from flashmoe.units import format_size
 
@@ -26,6 +31,7 @@ def info(json: options.Json = False) -> None:
     device = "cpu" if mx.default_device() == mx.cpu else "gpu"
     usable = machine.usable_memory_bytes()
     statuses = kernel_statuses()
+    readers = reader_statuses()
     if json:
         print_json(
             {
@@ -34,8 +40,8 @@ def info(json: options.Json = False) -> None:
                 "usable_memory_bytes": usable,
                 "kernel": AUTO,
                 "kernels": [asdict(status) for status in statuses],
-                "reader": "pread",
-                "reader_threads": DEFAULT_THREADS,
+                "reader": resolve_reader(),
+                "readers": [asdict(status) for status in readers],
             }
         )
         return
@@ -43,11 +49,13 @@ def info(json: options.Json = False) -> None:
         ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
         ("device", f"{device} ({platform.platform()}), {format_size(usable)} of memory free"),
         ("kernel", f"auto means {AUTO}"),
-        *(
-            (f"  {status.name}", f"{'' if status.available else 'not available: '}{status.note}")
-            for status in statuses
-        ),
-        ("reader", f"pread, {DEFAULT_THREADS} threads"),
+        *((f"  {status.name}", _note(status)) for status in statuses),
+        ("reader", f"auto means {resolve_reader()}"),
+        *((f"  {status.name}", _note(status)) for status in readers),
     ]
     for name, value in rows:
         out.print(f"{name:<13} {value}", markup=False)
+
+
+def _note(status: KernelStatus | ReaderStatus) -> str:
+    return status.note if status.available else f"not available: {status.note}"

@@ -66,6 +66,22 @@ Kernel = Annotated[
         help="Kernel for routed experts: auto, or one that flashmoe info lists.",
     ),
 ]
+Reader = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="How records are read: auto, or a reader that flashmoe info lists.",
+    ),
+]
+PageCache = Annotated[
+    bool | None,
+    typer.Option(
+        "--page-cache/--no-page-cache",
+        help="Read records through the system's page cache. Default: unless they do not fit "
+        "into the memory that is left.",
+        show_default=False,
+    ),
+]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Also print hits, misses and bytes read.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON for programs.")]
 
@@ -77,6 +93,8 @@ def load(
     cache: str | None,
     context: int | None,
     kernel: str,
+    reader: str = "auto",
+    page_cache: bool | None = None,
     quiet: bool = False,
 ) -> FlashMoEModel:
     """Load a model, with a progress bar while it is repacked on first use."""
@@ -84,7 +102,22 @@ def load(
     from flashmoe.engine import FlashMoEModel, check_options
     from flashmoe.locate import open_model
 
-    check_options(memory=memory, cache=cache, kernel=kernel, context=context)
+    check_options(
+        memory=memory,
+        cache=cache,
+        kernel=kernel,
+        context=context,
+        reader=reader,
+        page_cache=page_cache,
+    )
     with byte_progress("repacking", quiet) as progress:
         store = open_model(model, progress=progress)
-    return FlashMoEModel(store, memory=memory, cache=cache, context=context, kernel=kernel)
+    return FlashMoEModel(
+        store,
+        memory=memory,
+        cache=cache,
+        context=context,
+        kernel=kernel,
+        reader=reader,
+        page_cache=page_cache,
+    )

@@ -79,7 +79,10 @@ class NativeReader(Reader):
             if self._handle is None:
                 path, offset = (requests[0].path, requests[0].offset) if requests else ("-", 0)
                 raise ReadError(str(path), offset, "the reader is closed")
-            self._running = {ticket for ticket in self._running if not ticket.done()}
+            # A copy, because waits in other threads take tickets out meanwhile.
+            for earlier in tuple(self._running):
+                if earlier.done():
+                    self._running.discard(earlier)
             ticket = NativeTicket(self, requests)
             # Before anything can be written; an interrupted call leaves it there for good.
             self._running.add(ticket)

@@ -1,6 +1,6 @@
-"""Matrix products over packed weights on the CPU, in C++.
+"""Matrix products over packed weights on the CPU, and concurrent reads, in C++.
 
-Knows formats and threads; knows no experts and no models.
+Knows formats, files and threads; knows no experts and no models.
 """
 
 from flashmoe.native.loader import available, isa, set_threads, threads, use_isa

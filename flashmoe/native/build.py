@@ -33,6 +33,7 @@ _COMMON: _Sources = {
     "pool.cpp": (),
     "dispatch.cpp": (),
     "reader.cpp": (),
+    "read_pool.cpp": (),
     "transfer.cpp": (),
 }
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")

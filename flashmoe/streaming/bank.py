@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe.errors import FlashMoEError
+from flashmoe.errors import FlashMoEError, ReadError
 from flashmoe.io.reader import Reader, ReadRequest
 from flashmoe.store.layout import LayerLayout
 from flashmoe.store.reader import Store
@@ -110,13 +110,16 @@ class LayerBank:
         try:
             for row, expert in enumerate(missing):
                 slots.append(self._take_slot(pinned))
-                buffers = self.memory.buffers(slots[-1], row)
+                destination = self.memory.destination(slots[-1], row)
                 offset = self._layer.record_offset(expert)
-                requests.append(ReadRequest(self._path, offset, buffers))
+                requests.append(ReadRequest(self._path, offset, destination))
             self._reader.submit(requests).wait()
             self.memory.settle(slots)
-        except BaseException:
-            # Whatever the slots hold now belongs to nobody.
+        except BaseException as error:
+            # Whatever the slots hold now belongs to nobody, once nobody writes to them: an
+            # interrupt may have come between submitting and waiting.
+            if not isinstance(error, ReadError):
+                self._reader.drain()
             self._free.extend(slots)
             raise
         self._slot_of[missing] = slots

@@ -1,13 +1,17 @@
-"""Slot memory: one row-contiguous MLX array per component, written to by preadv.
+"""Slot memory: one row-contiguous MLX array per component, which readers write to.
 
 A component whose dtype the kernels compute in lands in its slot directly. A floating component
 of another dtype (bfloat16 scales under float32 activations) lands in a staging buffer and is
 widened into its slot, which costs memory but no exactness.
+
+Reads past the page cache go straight to memory that is aligned as the file is: arrays begin on
+such a boundary, so every slot of a component whose size is a multiple of it does, too.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +19,14 @@ import mlx.core as mx
 import numpy as np
 
 from flashmoe.dtypes import FLOATING, MLX_DTYPES, shared_bytes
-from flashmoe.store.layout import DTYPE_BYTES, Component, RecordLayout
+from flashmoe.io.reader import Scatter, address_of
+from flashmoe.store.layout import (
+    COMPONENT_ALIGN_BYTES,
+    DTYPE_BYTES,
+    Component,
+    RecordLayout,
+    align,
+)
 
 _WIDENED = {"BF16": "F32", "F16": "F32"}
 
@@ -32,7 +43,8 @@ def slot_bytes(record: RecordLayout, widen: bool) -> int:
 
 def staging_bytes(record: RecordLayout, widen: bool) -> int:
     """Staging memory that one read in flight needs."""
-    return sum(c.nbytes for c in record.components if held_dtype(c, widen) != c.dtype)
+    staged = (c for c in record.components if held_dtype(c, widen) != c.dtype)
+    return sum(align(c.nbytes, COMPONENT_ALIGN_BYTES) for c in staged)
 
 
 @dataclass(frozen=True)
@@ -48,8 +60,14 @@ class _Place:
         return self.slots[index * self.slot_bytes : (index + 1) * self.slot_bytes]
 
     def row(self, index: int) -> memoryview:
+        """A staging row, with the padding behind it."""
         assert self.staging is not None
-        return self.staging[index * self.component.nbytes : (index + 1) * self.component.nbytes]
+        size = align(self.component.nbytes, COMPONENT_ALIGN_BYTES)
+        return self.staging[index * size : (index + 1) * size]
+
+    def stored(self, index: int) -> memoryview:
+        """What was read into a staging row."""
+        return self.row(index)[: self.component.nbytes]
 
 
 class SlotMemory:
@@ -68,31 +86,45 @@ class SlotMemory:
         for component in record.components:
             held = held_dtype(component, widen)
             size = math.prod(component.shape) * DTYPE_BYTES[held]
-            raw = _allocate(n_slots, size)
+            raw = _allocate(n_slots * size)
             array = raw.view(MLX_DTYPES[held]).reshape(n_slots, *component.shape)
             mx.eval(array)
             self.weights[component.name] = array
             widened = held != component.dtype
             assert not widened or component.dtype in FLOATING
-            staging = memoryview(bytearray(n_rows * component.nbytes)) if widened else None
+            rows_bytes = n_rows * align(component.nbytes, COMPONENT_ALIGN_BYTES)
+            staging = memoryview(mmap.mmap(-1, rows_bytes)) if widened else None
             self._places.append(_Place(component, shared_bytes(raw), size, staging))
         self._gaps = _gaps(record)
         self._waste = memoryview(bytearray(max(self._gaps, default=0)))
+        self._staged = any(place.staging is not None for place in self._places)
+        self._destinations: dict[int, Scatter] = {}
 
     def release(self) -> None:
         """Forget the arrays; they are freed once nothing that was computed needs them."""
         self.weights.clear()
         self._places.clear()
+        self._destinations.clear()
 
-    def buffers(self, slot: int, row: int) -> list[memoryview]:
+    def destination(self, slot: int, row: int) -> Scatter:
         """Where the bytes of a record go, in file order, padding included up to the last
         component; `row` (below n_rows) is the staging row of this read."""
+        if self._staged:
+            return self._scatter(slot, row)
+        if slot not in self._destinations:
+            self._destinations[slot] = self._scatter(slot, row)
+        return self._destinations[slot]
+
+    def _scatter(self, slot: int, row: int) -> Scatter:
         buffers = []
         for place, gap in zip(self._places, self._gaps, strict=True):
-            buffers.append(place.slot(slot) if place.staging is None else place.row(row))
+            if place.staging is not None:
+                buffers.append(place.row(row)[: place.component.nbytes + gap])
+                continue
+            buffers.append(place.slot(slot))
             if gap:
                 buffers.append(self._waste[:gap])
-        return buffers
+        return Scatter(buffers)
 
     def settle(self, slots: Sequence[int]) -> None:
         """Widen what reads into rows 0, 1, ... brought for these slots."""
@@ -100,7 +132,7 @@ class SlotMemory:
             if place.staging is None:
                 continue
             for row, slot in enumerate(slots):
-                stored = place.row(row)
+                stored = place.stored(row)
                 target = np.frombuffer(place.slot(slot), np.float32)
                 if place.component.dtype == "BF16":
                     bits = np.frombuffer(stored, np.uint16)
@@ -109,8 +141,13 @@ class SlotMemory:
                     target[:] = np.frombuffer(stored, np.float16)
 
 
-def _allocate(n_slots: int, size_bytes: int) -> mx.array:
-    array = mx.zeros((n_slots, size_bytes), mx.uint8)
+def _allocate(size_bytes: int) -> mx.array:
+    """Zeros [size_bytes] uint8 that begin on COMPONENT_ALIGN_BYTES, touched."""
+    whole = mx.zeros(size_bytes + COMPONENT_ALIGN_BYTES, mx.uint8)
+    mx.eval(whole)
+    first = -address_of(shared_bytes(whole)) % COMPONENT_ALIGN_BYTES
+    # A slice of a flat array is a view of it.
+    array = whole[first : first + size_bytes]
     mx.eval(array)
     return array
 

@@ -1,0 +1,79 @@
+// The pool that reads: batches cut into pieces, demanded ones first.
+#ifndef FLASHMOE_READ_POOL_H
+#define FLASHMOE_READ_POOL_H
+
+#include <stdint.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "flashmoe_reader.h"
+#include "transfer.h"
+
+namespace flashmoe {
+
+constexpr int kPriorities = 2;
+
+struct Request {
+  int fd;
+  int64_t offset, bytes;
+  std::vector<iovec> buffers;
+  int64_t pieces_left;
+  // Of the first of its pieces that failed.
+  int64_t failed_piece;
+  Outcome outcome;
+};
+
+// Pieces up to `next` have been taken, those from `last` on never will be.
+struct Batch {
+  std::vector<Request> requests;
+  std::vector<Piece> pieces;
+  size_t next = 0, last = 0;
+  int64_t running = 0;
+
+  bool ended() const { return next == last && running == 0; }
+};
+
+// One lock guards all of it; a batch that has ended is not touched again.
+class ReadPool {
+ public:
+  ReadPool(int threads, bool uncached, fm_preadv preadv);
+
+  // Throws std::system_error without a thread, and std::bad_alloc.
+  std::shared_ptr<Batch> submit(const fm_read* reads, int64_t n, int priority);
+  int64_t cancel(Batch& batch);
+  int64_t wait(const std::vector<const Batch*>& batches, double seconds);
+  bool drain(double seconds);
+  fm_read_counters counters();
+  void close();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  void start_threads();
+  void run();
+  void note(Batch& batch, const Piece& piece, const Outcome& outcome, double seconds);
+  int64_t cancel_locked(Batch& batch);
+  void count_open(int64_t change);
+
+  const int most_threads_;
+  const bool uncached_;
+  const fm_preadv preadv_;
+  std::mutex lock_;
+  std::condition_variable work_waits_, batch_ended_;
+  std::vector<std::thread> threads_;
+  std::deque<std::shared_ptr<Batch>> waiting_[kPriorities];
+  int64_t open_ = 0;  // requests not ended
+  int64_t open_pieces_ = 0;
+  Clock::time_point clock_ = Clock::now();
+  fm_read_counters totals_ = {};
+  bool stopping_ = false;
+};
+
+}  // namespace flashmoe
+#endif
