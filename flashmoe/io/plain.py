@@ -33,9 +33,6 @@ def plain_rate(
     """
     with contextlib.closing(OpenFiles(page_cache)) as files:
         opened = {path: files.descriptor(path, 0) for path, _ in places}
-        if page_cache and hasattr(os, "posix_fadvise"):
-            for descriptor in opened.values():
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         todo = iter([(path, opened[path], offset) for path, offset in places])
         ready = threading.Barrier(threads + 1)
         with ThreadPoolExecutor(threads) as pool:
