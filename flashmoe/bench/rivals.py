@@ -25,7 +25,7 @@ from flashmoe.io.plain import plain_rate
 UNCACHED_ENGINES = ("io_uring", "libaio", "psync") if sys.platform == "linux" else ("psync",)
 CACHED_ENGINES = ("io_uring", "psync") if sys.platform == "linux" else ("psync",)
 THREAD_COUNTS = (1, 2, 4, 8, 16, 32)
-TRIALS = 2
+TRIALS = 3
 # Beyond the seconds of reading: starting, laying out jobs, stopping.
 GRACE_SECONDS = 30.0
 

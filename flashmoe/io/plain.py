@@ -13,6 +13,9 @@ from pathlib import Path
 
 from flashmoe.errors import ReadError
 from flashmoe.io.files import OpenFiles
+from flashmoe.io.reader import address_of
+
+LARGE_PAGE_BYTES = 2 * 2**20
 
 
 def plain_rate(
@@ -25,14 +28,11 @@ def plain_rate(
     """Bytes per second that threads get which each read `size_bytes` at one place after the
     other, for `seconds` or until every (path, offset) was read once.
 
-    Every thread has one page-aligned buffer; nothing is split, scattered or waited for. Raises
-    ReadError when a place cannot be read.
+    Every thread has one buffer, in large pages where there are any; nothing is split, scattered
+    or waited for. Raises ReadError when a place cannot be read.
     """
     with contextlib.closing(OpenFiles(page_cache)) as files:
         opened = {path: files.descriptor(path, 0) for path, _ in places}
-        if page_cache and hasattr(os, "posix_fadvise"):
-            for descriptor in opened.values():
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         todo = iter([(path, opened[path], offset) for path, offset in places])
         ready = threading.Barrier(threads + 1)
         with ThreadPoolExecutor(threads) as pool:
@@ -52,8 +52,16 @@ def _read_on(
     ready: threading.Barrier,
 ) -> int:
     """Read what `todo`, which threads share, says; returns the bytes read."""
-    buffer = mmap.mmap(-1, size_bytes)
-    buffer.write(bytes(size_bytes))
+    # Where the memory is in few large pages, one request to the disk can be large too.
+    whole = mmap.mmap(-1, size_bytes + LARGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # A kernel without them refuses.
+        with contextlib.suppress(OSError):
+            whole.madvise(mmap.MADV_HUGEPAGE)
+    whole.write(bytes(len(whole)))
+    view = memoryview(whole)
+    first = -address_of(view) % LARGE_PAGE_BYTES
+    buffer = view[first : first + size_bytes]
     total = 0
     ready.wait()
     deadline = time.perf_counter() + seconds
