@@ -27,6 +27,7 @@ from flashmoe.store.layout import (
     RecordLayout,
     align,
 )
+from flashmoe.streaming.pages import zero_in_large_pages
 
 _WIDENED = {"BF16": "F32", "F16": "F32"}
 
@@ -145,7 +146,9 @@ def _allocate(size_bytes: int) -> mx.array:
     """Zeros [size_bytes] uint8 that begin on COMPONENT_ALIGN_BYTES, touched."""
     whole = mx.zeros(size_bytes + COMPONENT_ALIGN_BYTES, mx.uint8)
     mx.eval(whole)
-    first = -address_of(shared_bytes(whole)) % COMPONENT_ALIGN_BYTES
+    memory = shared_bytes(whole)
+    zero_in_large_pages(memory)
+    first = -address_of(memory) % COMPONENT_ALIGN_BYTES
     # A slice of a flat array is a view of it.
     array = whole[first : first + size_bytes]
     mx.eval(array)
