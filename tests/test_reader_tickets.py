@@ -209,6 +209,7 @@ class TestInterrupts:
 
     def test_draining(self, reader, gate, requests):
         ticket = reader.submit(requests[:2])
+        gate.reached.wait(10)
         with interrupted(gate, 2):
             reader.drain()
         assert ticket.done()
