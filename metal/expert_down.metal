@@ -26,7 +26,8 @@ inline void expert_down(
     uint lane) {
   const uint n_rows = sizes[N_ROWS], n_cols = sizes[N_COLS];
   const uint n_terms = Scored ? sizes[TOP_K] : 1;
-  const uint first_pair = threadgroup_position.y * n_terms;
+  const uint output = threadgroup_position.y;
+  const uint first_pair = output * n_terms;
   const uint row = first_row<Lanes>(threadgroup_position.x, simdgroup, lane);
 
   float sums[ROWS] = {0.0f};
@@ -62,7 +63,7 @@ inline void expert_down(
   for (int r = 0; r < ROWS; ++r) {
     const float value = sum_over_lanes<Lanes>(sums[r]);
     if (lane % Lanes == 0 && row + r < n_rows)
-      y[uint64_t(threadgroup_position.y) * n_rows + row + r] = static_cast<T>(value);
+      y[uint64_t(output) * n_rows + row + r] = static_cast<T>(value);
   }
 }
 
