@@ -31,9 +31,10 @@ _KERNEL_FLAGS = (
     "-fno-exceptions",
     "-fno-rtti",
     "-fno-stack-protector",
-    # A thread's own variables hold no zeros, nor the last thread's values, until written.
-    "-ftrivial-auto-var-init=pattern",
+    "-fsigned-char",
 )
+# A thread's own variables hold no zeros, nor the last thread's values, until written.
+_RUBBISH = "-ftrivial-auto-var-init=pattern"
 # In Metal, a floating-point literal without a suffix is a float.
 _GCC_FLAGS = (
     "-fsingle-precision-constant",
@@ -82,8 +83,8 @@ def build_kernel(text: str, entry: str) -> Path:
         return library
     check_spaces(text)
     source.write_text(whole)
-    flags = (*_FLAGS, *_KERNEL_FLAGS, *(_GCC_FLAGS if _is_gcc(compiler) else _CLANG_FLAGS))
-    _run([compiler, *flags, f"-I{_HERE / 'words'}", *_PRELUDE, "-c", source, "-o", compiled])
+    own = (*_FLAGS, *_KERNEL_FLAGS, *_own_flags(compiler))
+    _run([compiler, *own, f"-I{_HERE / 'words'}", *_PRELUDE, "-c", source, "-o", compiled])
     undefined = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()
     _run([compiler, "-shared", *undefined, compiled, "-o", library])
     return library
@@ -119,11 +120,20 @@ def check_spaces(text: str) -> None:
         _run([clang, *_CHECK_FLAGS, f"-I{_HERE / 'spaces'}", *_PRELUDE, "-"], text)
 
 
+def fills_variables() -> bool:
+    """Whether the compiler can fill variables with rubbish; GCC can from version 12."""
+    compiler = find_compiler()
+    return compiler is not None and _RUBBISH in _own_flags(compiler)
+
+
 @functools.cache
-def _is_gcc(compiler: str) -> bool:
-    command = [compiler, "-dM", "-E", "-x", "c++", "/dev/null"]
-    macros = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return "__clang__" not in macros
+def _own_flags(compiler: str) -> tuple[str, ...]:
+    """The flags that this compiler takes and another may not."""
+    asked = [compiler, "-x", "c++", "-dM", "-E", "/dev/null"]
+    macros = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    own = _CLANG_FLAGS if "__clang__" in macros else _GCC_FLAGS
+    filled = subprocess.run([*asked, _RUBBISH], capture_output=True, check=False)
+    return own if filled.returncode else (*own, _RUBBISH)
 
 
 def _run(command: Sequence[str | Path], text: str = "") -> None:
