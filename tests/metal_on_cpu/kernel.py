@@ -88,7 +88,7 @@ def metal_kernel(
         )
         if kind not in libraries:
             text = mlx_source(definition, call)
-            libraries[kind] = text, build_kernel(compilable(text))
+            libraries[kind] = text, build_kernel(*compilable(text))
         text, library = libraries[kind]
         values = _input_values(input_names, arrays)
         outputs = [
@@ -142,8 +142,8 @@ def _request(
     grid: Size, threadgroup: Size, buffers: Sequence[_Buffer], offsets: Mapping[str, int]
 ) -> bytes:
     group = tuple(min(pair) for pair in zip(grid, threadgroup, strict=True))
-    if (threads := int(np.prod(threadgroup))) > _MOST_THREADS:
-        raise KernelFault("threads", f"{threads} threads in a threadgroup; Metal allows 1024")
+    if not 0 < int(np.prod(group)) <= _MOST_THREADS:
+        raise KernelFault("threads", f"threadgroups of {group} threads; Metal allows 1 to 1024")
     lines = [
         "grid {} {} {}".format(*grid),
         "threadgroup {} {} {}".format(*group),

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from metal_on_cpu.faults import CompileFault
+from metal_on_cpu.rules import check_rules
 
 # Kept from before a test puts this package's `metal_kernel` in its place.
 _mlx_kernel = mx.fast.metal_kernel
@@ -83,8 +84,11 @@ def _parameter(text: str) -> Parameter:
     return Parameter(attribute["name"], text, None)
 
 
-def compilable(source: KernelSource) -> str:
-    """The source with the entry that the runner calls; its lines keep their numbers."""
+def compilable(source: KernelSource) -> tuple[str, str]:
+    """The source with the entry that the runner calls; its lines keep their numbers.
+
+    Raises CompileFault where Metal's compiler would refuse what a C++ compiler takes.
+    """
     arguments = []
     for parameter in source.parameters:
         if parameter.index is None:
@@ -101,34 +105,38 @@ def compilable(source: KernelSource) -> str:
         f"  {source.function}({', '.join(arguments)});\n"
         "}\n"
     )
-    return share_variables(source.text) + entry
+    text = without_comments(source.text)
+    check_rules(text)
+    # Clang knows no attributes at the place where MLX instantiates its template.
+    text = re.sub(r"\btemplate( \[\[[^\]]*\]\])+ decltype", "template decltype", text)
+    return share_variables(text), entry
 
 
 def share_variables(text: str) -> str:
     """The text with each threadgroup variable taken from the runner instead of the stack."""
-    kept = _without_comments(text)
     parts: list[str] = []
     end = 0
-    for found in _VARIABLE.finditer(kept):
-        closing = kept.find(";", found.end())
-        dimensions = kept[found.end() : closing].strip()
-        line = kept.count("\n", 0, found.start()) + 1
+    for found in _VARIABLE.finditer(text):
+        closing = text.find(";", found.end())
+        dimensions = text[found.end() : closing].strip()
+        line = text.count("\n", 0, found.start()) + 1
         if dimensions and not re.fullmatch(r"(\[[^\]]*\]\s*)+", dimensions):
             raise CompileFault(f"line {line}: one threadgroup variable per declaration, no value")
-        if not _in_kernel(kept, found.start()):
+        if not _in_kernel(text, found.start()):
             raise CompileFault(
                 f"line {line}: the threadgroup variable {found['name']} is declared outside a "
                 "kernel function, which Metal refuses"
             )
         name, type_ = found["name"], found["type"]
-        lines = "\n" * kept.count("\n", found.start(), closing)
+        lines = "\n" * text.count("\n", found.start(), closing)
         parts += (
-            kept[end : found.start()],
-            f"typedef {type_} {name}_type{dimensions}; {name}_type& {name} = "
+            text[end : found.start()],
+            f"typedef {type_} {name}_type{dimensions}; "
+            f"threadgroup {name}_type& {name} = "
             f'metal_on_cpu::threadgroup_variable<{name}_type>("{name}"){lines}',
         )
         end = closing
-    return "".join(parts) + kept[end:]
+    return "".join(parts) + text[end:]
 
 
 def _in_kernel(text: str, position: int) -> bool:
@@ -147,7 +155,7 @@ def _in_kernel(text: str, position: int) -> bool:
     return False
 
 
-def _without_comments(text: str) -> str:
+def without_comments(text: str) -> str:
     """The text with blanks in the place of comments, line by line."""
 
     def blank(found: re.Match[str]) -> str:

@@ -1,3 +1,9 @@
+// macOS has its contexts behind these names.
+#ifdef __APPLE__
+#define _XOPEN_SOURCE 600
+#define _DARWIN_C_SOURCE
+#endif
+
 #include "lockstep.h"
 
 #include <setjmp.h>

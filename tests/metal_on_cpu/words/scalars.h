@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -17,7 +16,9 @@ namespace metal {
 template <class T, class S>
 inline T as_type(const S& value) {
   static_assert(sizeof(T) == sizeof(S), "as_type needs two types of one size");
-  return __builtin_bit_cast(T, value);
+  T result;
+  __builtin_memcpy(&result, &value, sizeof(T));
+  return result;
 }
 
 namespace narrow {

@@ -12,17 +12,26 @@ struct vec;
 template <class T, int N, int... I>
 struct swizzle {
   T e[N];
+  swizzle() = default;
+  swizzle(const swizzle&) = default;
   operator vec<T, sizeof...(I)>() const { return vec<T, sizeof...(I)>(e[I]...); }
   swizzle& operator=(const vec<T, sizeof...(I)>& from) {
     int k = 0;
     ((e[I] = from[k++]), ...);
     return *this;
   }
+  // Its own copy would take all members.
   swizzle& operator=(const swizzle& from) { return *this = vec<T, sizeof...(I)>(from); }
 };
 
+// The copies are spelled out because compilers then check the alignment of what is copied.
 #define METAL_ON_CPU_VECTOR_BASICS(N)                                       \
   vec() = default;                                                          \
+  constexpr vec(const vec& from) : e{} { *this = from; }                    \
+  constexpr vec& operator=(const vec& from) {                               \
+    for (int i = 0; i < N; ++i) e[i] = from.e[i];                           \
+    return *this;                                                           \
+  }                                                                         \
   constexpr const T& operator[](int i) const { return e[i]; }               \
   constexpr T& operator[](int i) { return e[i]; }                           \
   template <class U>                                                        \

@@ -18,12 +18,12 @@ typedef complex_t<float> complex64_t;
 template <int DIM, typename OffsetT = size_t, bool General = true>
 struct LoopedElemToLoc;
 
-static constexpr int MAX_REDUCE_SPECIALIZED_DIMS = 4;
-static constexpr int REDUCE_N_READS = 4;
-static constexpr int REDUCE_N_WRITES = 4;
-static constexpr int SOFTMAX_N_READS = 4;
-static constexpr int RMS_N_READS = 4;
-static constexpr int RMS_LOOPED_LIMIT = 4096;
+static constant constexpr int MAX_REDUCE_SPECIALIZED_DIMS = 4;
+static constant constexpr int REDUCE_N_READS = 4;
+static constant constexpr int REDUCE_N_WRITES = 4;
+static constant constexpr int SOFTMAX_N_READS = 4;
+static constant constexpr int RMS_N_READS = 4;
+static constant constexpr int RMS_LOOPED_LIMIT = 4096;
 
 template <typename T, typename U>
 inline T ceildiv(T n, U m) {
@@ -31,7 +31,8 @@ inline T ceildiv(T n, U m) {
 }
 
 template <typename IdxT = int64_t>
-inline IdxT elem_to_loc(IdxT elem, const int* shape, const int64_t* strides, int ndim) {
+inline IdxT elem_to_loc(IdxT elem, constant const int* shape, constant const int64_t* strides,
+                        int ndim) {
   IdxT loc = 0;
   for (int i = ndim; i-- > 0; elem /= shape[i]) loc += (elem % shape[i]) * IdxT(strides[i]);
   return loc;
