@@ -33,7 +33,7 @@ inline void expert_down(
   float sums[ROWS] = {0.0f};
   uint turn = 0;
   for (uint pair = first_pair; pair < first_pair + n_terms; ++pair) {
-    const uint64_t slot_row = uint64_t(slots[pair]) * n_rows;
+    const M expert = down.in_slot(slots[pair], n_rows, n_cols);
     const device float* input = hidden + uint64_t(pair) * n_cols;
     const float score = Scored ? scores[pair] : 1.0f;
     for (uint start = 0; start < n_cols; start += CHUNK) {
@@ -48,14 +48,13 @@ inline void expert_down(
         const uint at = start / M::VALUES + unit;
 #pragma unroll
         for (int r = 0; r < ROWS; ++r)
-          sums[r] += down.product(row_of(slot_row, row + r, n_rows), n_cols, at, part, part_sum);
+          sums[r] += expert.product(within(row + r, n_rows), n_cols, at, part, part_sum);
       }
       turn ^= 1;
     }
     if (lane % Lanes == 0) {
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r)
-        sums[r] += score * down.bias_of(row_of(slot_row, row + r, n_rows));
+      for (int r = 0; r < ROWS; ++r) sums[r] += score * expert.bias_of(within(row + r, n_rows));
     }
   }
 

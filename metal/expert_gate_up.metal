@@ -28,7 +28,8 @@ inline void expert_gate_up(
     uint lane) {
   const uint n_rows = sizes[N_ROWS], n_cols = sizes[N_COLS], top_k = sizes[TOP_K];
   const uint pair = threadgroup_position.y;
-  const uint64_t slot_row = uint64_t(slots[pair]) * n_rows;
+  const M gates = gate.in_slot(slots[pair], n_rows, n_cols);
+  const M ups = up.in_slot(slots[pair], n_rows, n_cols);
   const uint row = first_row<Lanes>(threadgroup_position.x, simdgroup, lane);
   const device T* token = x + uint64_t(pair / top_k) * n_cols;
 
@@ -47,9 +48,9 @@ inline void expert_gate_up(
       const uint at = start / M::VALUES + unit;
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        const uint64_t in_bank = row_of(slot_row, row + r, n_rows);
-        if (Gated) gate_sums[r] += gate.product(in_bank, n_cols, at, part, part_sum);
-        up_sums[r] += up.product(in_bank, n_cols, at, part, part_sum);
+        const uint read = within(row + r, n_rows);
+        if (Gated) gate_sums[r] += gates.product(read, n_cols, at, part, part_sum);
+        up_sums[r] += ups.product(read, n_cols, at, part, part_sum);
       }
     }
     turn ^= 1;
@@ -57,11 +58,11 @@ inline void expert_gate_up(
 
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    const uint64_t in_bank = row_of(slot_row, row + r, n_rows);
-    const float u = sum_over_lanes<Lanes>(up_sums[r]) + up.bias_of(in_bank);
+    const uint read = within(row + r, n_rows);
+    const float u = sum_over_lanes<Lanes>(up_sums[r]) + ups.bias_of(read);
     float value;
     if (Gated) {
-      const float g = sum_over_lanes<Lanes>(gate_sums[r]) + gate.bias_of(in_bank);
+      const float g = sum_over_lanes<Lanes>(gate_sums[r]) + gates.bias_of(read);
       value = activated(sizes[ACTIVATION], limits, g, u);
     } else {
       value = activated(sizes[ACTIVATION], limits, u);

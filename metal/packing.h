@@ -103,20 +103,26 @@ struct Matrix {
     return total;
   }
 
-  // Unit `unit` of row `row` times x; rows are counted over all slots, so in 64 bits.
-  float product(uint64_t row, uint cols, uint unit, const thread float* x, float x_sum) const {
+  // The matrix of one slot. Banks exceed 4 GB, slots do not: 64 bits to get there, 32 within.
+  Matrix in_slot(uint64_t slot, uint rows, uint cols) const {
+    const uint64_t row = slot * rows, groups = row * (cols / Group);
+    return {weight + row * (cols / VALUES * WORDS), scales + groups, biases + groups, bias + row};
+  }
+
+  // Unit `unit` of row `row` times x.
+  float product(uint row, uint cols, uint unit, const thread float* x, float x_sum) const {
     uint32_t words[WORDS];
     load_words<WORDS>(weight + row * (cols / VALUES * WORDS) + unit * WORDS, words);
     float total = 0.0f;
 #pragma unroll
     for (int i = 0; i < VALUES; ++i) total = fma(value(words, i), x[i], total);
     if (!PACKED) return total;
-    const uint64_t group = row * (cols / Group) + unit * BLOCK / Group;
+    const uint group = row * (cols / Group) + unit * BLOCK / Group;
     if (Format == MXFP4) return halved_e8m0(uint32_t(scales[group])) * total;
     return fma(float(scales[group]), total, float(biases[group]) * x_sum);
   }
 
-  float bias_of(uint64_t row) const { return HasBias ? float(bias[row]) : 0.0f; }
+  float bias_of(uint row) const { return HasBias ? float(bias[row]) : 0.0f; }
 
  private:
   static float value(const thread uint32_t* words, int i) {
@@ -130,7 +136,7 @@ struct Matrix {
 };
 
 template <int Format, int Bits, int Group, bool HasBias, typename S, typename B>
-inline Matrix<Format, Bits, Group, HasBias, S, B> matrix(
+inline Matrix<Format, Bits, Group, HasBias, S, B> make_matrix(
     const device uint32_t* weight,
     const device S* scales,
     const device S* biases,

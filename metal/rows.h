@@ -58,11 +58,8 @@ inline void load_unit(const threadgroup float* tile, uint unit, thread float* x)
   for (int i = 0; i < M::VALUES; ++i) x[i] = from[i];
 }
 
-// Row `row` of the slot whose rows begin at `slot_row`. Lanes beyond the last row read that one
-// again, and what they find is not written.
-inline uint64_t row_of(uint64_t slot_row, uint row, uint n_rows) {
-  return slot_row + (row < n_rows ? row : n_rows - 1);
-}
+// Lanes beyond the last row read that one again, and what they find is not written.
+inline uint within(uint row, uint n_rows) { return row < n_rows ? row : n_rows - 1; }
 
 // The sum over the lanes of a set; every lane gets it.
 template <int Lanes>

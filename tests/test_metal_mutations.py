@@ -37,7 +37,7 @@ MXFP4 = make_case(mx.float32, ProjectionPacking(4, 32, "mxfp4"), d_in=64, hidden
 # What is wrong, where, what stands there, what instead.
 WRONG_VALUES = [
     ("scale of another group", "packing.h", "unit * BLOCK / Group", "unit / 2", WIDE),
-    ("scale of another row", "packing.h", "row * (cols / Group)", "++row * (cols / Group)", WIDE),
+    ("scale of another row", "packing.h", "row * (cols / Group) +", "cols / Group +", WIDE),
     ("sum of a shifted x", "packing.h", "float(1u << shift_of<CODE_BITS>(i))", "1.0f", WIDE),
     ("codes that straddle words", "packing.h", "words[word + 1] << (32 - shift)", "0", STRADDLING),
     ("e2m1 without its sign", "packing.h", "8u ? -magnitude", "8u ? magnitude", MXFP4),
@@ -48,10 +48,10 @@ WRONG_VALUES = [
     ("gate not limited", "activation.h", "at_most(gate, limits[GATE_MAX])", "gate", WIDE),
     ("another token's x", GATE_UP, "uint64_t(pair / top_k)", "uint64_t(pair % top_k)", WIDE),
     ("the first pair's slot", GATE_UP, "slots[pair]", "slots[0]", WIDE),
-    ("off by one row", GATE_UP, "row_of(slot_row, row + r,", "row_of(slot_row, row + r + 1,", WIDE),
+    ("off by one row", GATE_UP, "within(row + r,", "within(row + r + 1,", WIDE),
     ("gate and up swapped", GATE_UP, "limits, g, u)", "limits, u, g)", WIDE),
     ("the first pair's slot", DOWN, "slots[pair]", "slots[0]", DEEP),
-    ("off by one row", DOWN, "row_of(slot_row, row + r,", "row_of(slot_row, row + r + 1,", DEEP),
+    ("off by one row", DOWN, "within(row + r,", "within(row + r + 1,", DEEP),
     ("the first chunk again", DOWN, "start / M::VALUES + unit", "unit", DEEP),
     ("another pair's hidden", DOWN, "hidden + uint64_t(pair)", "hidden + (pair ^ 1)", DEEP),
 ]  # fmt: skip
@@ -134,7 +134,7 @@ def test_wrong_values(
     "old,new",
     [
         ("input + start, score,", "input + start, 1.0f,"),
-        ("sums[r] += score * down", "sums[r] += down"),
+        ("sums[r] += score * expert", "sums[r] += expert"),
         ("output * n_terms", "output"),
     ],
 )
@@ -180,8 +180,8 @@ def test_offsets_have_64_bits(far: str) -> None:
 @pytest.mark.parametrize(
     "far,file,old,new",
     [
-        ("rows", GATE_UP, "uint64_t(slots[pair])", "uint(slots[pair])"),
-        ("words", "packing.h", "float product(uint64_t row", "float product(uint row"),
+        ("rows", "packing.h", "in_slot(uint64_t slot", "in_slot(uint slot"),
+        ("words", "packing.h", "const uint64_t row = slot", "const uint row = slot"),
     ],
 )
 def test_offsets_of_32_bits_are_seen(

@@ -40,7 +40,7 @@ class KernelSource:
 
 def _matrix(name: str) -> str:
     arguments = ", ".join(f"{name}_{part}" for part in _PARTS)
-    return f"flashmoe::matrix<FORMAT, BITS, GROUP, HAS_BIAS>({arguments})"
+    return f"flashmoe::make_matrix<FORMAT, BITS, GROUP, HAS_BIAS>({arguments})"
 
 
 def _names(name: str) -> tuple[str, ...]:
