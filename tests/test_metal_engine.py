@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from families import save_checkpoint
+from metal_on_cpu import compiled
 from metals import harness, row_error, wide
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -34,6 +35,7 @@ def logits(store: Path, kernel: str, cache: str) -> list[mx.array]:
 
 # Gated; clipped with expert biases; without a gate.
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+@compiled
 def test_models(family: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metal, "available", lambda: None)
     save_checkpoint(tmp_path / "checkpoint", family)

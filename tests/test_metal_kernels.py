@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from metal_on_cpu import compiled
 from metals import dense_weights, experts_in_float64, harness, row_error, wide
 
 from flashmoe.kernels import cpu, metal, reference
@@ -61,6 +62,7 @@ def compare(case: Case, n_tokens: int, top_k: int, *, scored: bool = False) -> N
 
 
 @pytest.mark.parametrize("index", range(len(PACKINGS)))
+@compiled
 def test_packings(index: int) -> None:
     """Bits with groups, bits with dtypes, groups with dtypes: every pair comes up."""
     packing = PACKINGS[index]
@@ -70,6 +72,7 @@ def test_packings(index: int) -> None:
     compare(case, *CALLS[index % len(CALLS)], scored=index % 5 == 1)
 
 
+@compiled
 def test_every_number_of_tokens_and_experts() -> None:
     case = make_case(mx.bfloat16, FOUR, d_in=64, hidden=64)
     for n_tokens in range(1, 9):
@@ -79,12 +82,14 @@ def test_every_number_of_tokens_and_experts() -> None:
 
 
 @pytest.mark.parametrize("index", range(len(GATED)))
+@compiled
 def test_gated_activations(index: int) -> None:
     case = make_case(DTYPES[index % 3], FOUR, d_in=64, hidden=64, activation=GATED[index])
     compare(case, *CALLS[index])
 
 
 @pytest.mark.parametrize("index", range(len(UNGATED)))
+@compiled
 def test_activations_without_a_gate(index: int) -> None:
     case = make_case(
         DTYPES[index], FOUR, d_in=64, hidden=64, activation=UNGATED[index], gated=False, bias=True
@@ -94,17 +99,20 @@ def test_activations_without_a_gate(index: int) -> None:
 
 # Rows that end within a chunk, on its end, and just behind it; 8, 16 and 32 lanes for a row.
 @pytest.mark.parametrize("d_in,hidden", [(2080, 32), (1024, 512), (512, 1056), (960, 1536)])
+@compiled
 def test_widths(d_in: int, hidden: int) -> None:
     compare(make_case(mx.bfloat16, THREE, d_in=d_in, hidden=hidden), 1, 2, scored=True)
 
 
 @pytest.mark.parametrize("d_in,hidden", [(1032, 8), (8, 2056)])
+@compiled
 def test_widths_of_floats(d_in: int, hidden: int) -> None:
     compare(make_case(mx.float16, None, d_in=d_in, hidden=hidden), 1, 2, scored=True)
 
 
 @pytest.mark.parametrize("dtype,held", [(mx.float32, mx.bfloat16), (mx.bfloat16, mx.float32)])
 @pytest.mark.parametrize("packing", [FOUR, None])
+@compiled
 def test_weights_of_another_dtype_than_x(
     packing: ProjectionPacking | None, dtype: mx.Dtype, held: mx.Dtype
 ) -> None:
@@ -112,6 +120,7 @@ def test_weights_of_another_dtype_than_x(
 
 
 @pytest.mark.parametrize("rows", [1, 3, 37, 65])
+@compiled
 def test_any_number_of_rows(rows: int) -> None:
     """One kernel at a time, because one's rows are the other's columns."""
     full = make_case(mx.float32, FOUR, d_in=128, hidden=192, bias=True)
@@ -146,6 +155,7 @@ def test_any_number_of_rows(rows: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+@compiled
 def test_the_reference_agrees(mode: str) -> None:
     """What the kernels replace, in the same dtype, and the native kernel for float32."""
     packing = ProjectionPacking(4, 32, mode)
@@ -162,6 +172,7 @@ def test_the_reference_agrees(mode: str) -> None:
             assert row_error(wide(y), wide(expected)) < tolerance
 
 
+@compiled
 def test_a_row_depends_on_itself_and_its_expert_alone() -> None:
     """Not on its company, and not on the slot that its expert is in."""
     case = make_case(mx.bfloat16, FOUR, d_in=64, hidden=128)
@@ -179,6 +190,7 @@ def test_a_row_depends_on_itself_and_its_expert_alone() -> None:
         assert mx.array_equal(metal.bind_experts(moved, case.spec)(x, place[slots]), together)
 
 
+@compiled
 def test_not_a_number_stays_one() -> None:
     case = make_case(mx.float32, FOUR, d_in=64, hidden=64)
     weights = case.random_weights(N_SLOTS)

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal_on_cpu import KernelFault
+from metal_on_cpu import KernelFault, compiled
 from metals import experts_in_float64, harness, row_error, wide
 
 from flashmoe.kernels import metal
@@ -106,6 +106,7 @@ def error_of(file: str, case: Case, *, scored: bool = False) -> float:
 
 
 @pytest.mark.parametrize("case", [WIDE, STRADDLING, MXFP4], ids=["wide", "straddling", "mxfp4"])
+@compiled
 def test_the_sources_as_they_are_pass(case: Case) -> None:
     with harness():
         assert error_of(GATE_UP, case) < 3e-6
@@ -119,6 +120,7 @@ def test_the_sources_as_they_are_pass(case: Case) -> None:
     [entry[1:] for entry in WRONG_VALUES],
     ids=[f"{entry[1]}-{entry[0]}" for entry in WRONG_VALUES],
 )
+@compiled
 def test_wrong_values(
     broken: Callable[[str, str, str], Path], file: str, old: str, new: str, case: Case
 ) -> None:
@@ -138,6 +140,7 @@ def test_wrong_values(
         ("output * n_terms", "output"),
     ],
 )
+@compiled
 def test_wrong_sums(broken: Callable[[str, str, str], Path], old: str, new: str) -> None:
     with harness(broken(DOWN, old, new)):
         assert error_of(DOWN, DEEP, scored=True) > 1e-3
@@ -148,6 +151,7 @@ def test_wrong_sums(broken: Callable[[str, str, str], Path], old: str, new: str)
     [entry[1:] for entry in FORBIDDEN],
     ids=[f"{entry[1]}-{entry[0]}" for entry in FORBIDDEN],
 )
+@compiled
 def test_forbidden_things(
     broken: Callable[[str, str, str], Path], file: str, old: str, new: str, kind: str
 ) -> None:
@@ -157,6 +161,7 @@ def test_forbidden_things(
     assert caught.value.kind == kind
 
 
+@compiled
 def test_the_self_check_sees_it_too(broken: Callable[[str, str, str], Path]) -> None:
     with harness(broken("packing.h", "unit * BLOCK / Group", "unit / 2")):
         assert not check(metal.bind_experts, WIDE).passed
@@ -169,6 +174,7 @@ FAR = {"rows": (1 << 30, 64, 4), "words": (64, 8192, 1 << 27)}
 
 
 @pytest.mark.parametrize("far", FAR)
+@compiled
 def test_offsets_have_64_bits(far: str) -> None:
     """In 32 bits, a slot so far into the bank is the bank's beginning, which is there. In 64 it
     is not, and the harness says so."""
@@ -184,6 +190,7 @@ def test_offsets_have_64_bits(far: str) -> None:
         ("words", "packing.h", "const uint64_t row = slot", "const uint row = slot"),
     ],
 )
+@compiled
 def test_offsets_of_32_bits_are_seen(
     broken: Callable[[str, str, str], Path], far: str, file: str, old: str, new: str
 ) -> None:
