@@ -21,7 +21,7 @@ from natives import compiled, isas_here
 
 from flashmoe import native
 from flashmoe.errors import OptionError
-from flashmoe.kernels import cpu, reference
+from flashmoe.kernels import cpu, metal, reference
 from flashmoe.kernels.activations import evaluate, recognize
 from flashmoe.kernels.contract import ExpertSpec, ProjectionPacking
 from flashmoe.kernels.select import kernel_names, select_kernel
@@ -266,13 +266,16 @@ def test_arguments_that_do_not_fit() -> None:
 
 
 def test_selection() -> None:
+    metal_here = ["metal"] if metal.available() is None else []
     if native.available() is None:
-        assert kernel_names() == ["auto", "reference", "cpu"]
+        assert kernel_names() == ["auto", "reference", "cpu", *metal_here]
         assert select_kernel("cpu") is cpu.bind_experts
-        assert select_kernel("auto") is cpu.bind_experts
+        if mx.default_device() == mx.cpu:
+            assert select_kernel("auto") is cpu.bind_experts
     else:
-        assert kernel_names() == ["auto", "reference"]
+        assert kernel_names() == ["auto", "reference", *metal_here]
         with pytest.raises(OptionError, match="kernel cpu is not there"):
             select_kernel("cpu")
-        assert select_kernel("auto") is reference.bind_experts
+        if mx.default_device() == mx.cpu:
+            assert select_kernel("auto") is reference.bind_experts
     assert select_kernel("reference") is reference.bind_experts
