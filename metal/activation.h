@@ -22,12 +22,12 @@ constant constexpr int UP_BOUND = 4;
 constant constexpr int UP_SHIFT = 5;
 constant constexpr float NO_LIMIT = 3.0e38f;
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + precise::exp(-x)); }
+METAL_FUNC float sigmoid(float x) { return 1.0f / (1.0f + precise::exp(-x)); }
 
 // Comparisons instead of min, which would turn NaN into the limit.
-inline float at_most(float x, float limit) { return x > limit ? limit : x; }
+METAL_FUNC float at_most(float x, float limit) { return x > limit ? limit : x; }
 
-inline float activated(int kind, const constant float* limits, float gate) {
+METAL_FUNC float activated(int kind, const constant float* limits, float gate) {
   const float alpha = limits[ALPHA];
   const float g = at_most(gate, limits[GATE_MAX]);
   float a;
@@ -44,7 +44,7 @@ inline float activated(int kind, const constant float* limits, float gate) {
   return at_most(a, limits[ACTIVATED_MAX]);
 }
 
-inline float activated(int kind, const constant float* limits, float gate, float up) {
+METAL_FUNC float activated(int kind, const constant float* limits, float gate, float up) {
   const float bound = limits[UP_BOUND];
   float u = -at_most(-at_most(up, limits[UP_MAX]), limits[UP_MAX]);
   if (bound < NO_LIMIT) u = bound * precise::tanh(u / bound);

@@ -13,7 +13,7 @@ namespace flashmoe {
 // With Scored: scores [n_tokens * top_k] float32, y [n_tokens, rows], grid y counts tokens.
 // Without: scores are not read, y [n_tokens * top_k, rows], grid y counts pairs.
 template <bool Scored, int Lanes, typename T, class M>
-inline void expert_down(
+METAL_FUNC void expert_down(
     const device float* hidden,
     const device int32_t* slots,
     const device float* scores,

@@ -14,7 +14,7 @@ namespace flashmoe {
 // Grid: x counts sets of rows, y counts pairs. Both matrices are packed alike; without Gated,
 // `gate` is not read.
 template <bool Gated, int Lanes, typename T, class M>
-inline void expert_gate_up(
+METAL_FUNC void expert_gate_up(
     const device T* x,
     const device int32_t* slots,
     M gate,

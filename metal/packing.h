@@ -22,7 +22,7 @@ constant constexpr int BLOCK = 32;
 
 // One load where the count allows: units of 4n words start on 16 bytes, of 2n words on 8.
 template <int Words>
-inline void load_words(const device uint32_t* from, thread uint32_t* words) {
+METAL_FUNC void load_words(const device uint32_t* from, thread uint32_t* words) {
   if (Words % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < Words / 4; ++i) {
@@ -48,13 +48,13 @@ inline void load_words(const device uint32_t* from, thread uint32_t* words) {
 // Value i of a block lies in one word or straddles two. In one word it is masked and not shifted:
 // it then counts 2^shift times, and the x it meets was multiplied by 2^-shift beforehand.
 template <int Bits>
-inline uint32_t shift_of(int i) {
+METAL_FUNC uint32_t shift_of(int i) {
   const int shift = i * Bits % 32;
   return shift + Bits <= 32 ? shift : 0;
 }
 
 template <int Bits>
-inline float code_of(const thread uint32_t* words, int i) {
+METAL_FUNC float code_of(const thread uint32_t* words, int i) {
   const uint32_t mask = (1u << Bits) - 1;
   const int word = i * Bits / 32, shift = i * Bits % 32;
   if (shift + Bits <= 32) return float(words[word] & (mask << shift));
@@ -62,13 +62,13 @@ inline float code_of(const thread uint32_t* words, int i) {
 }
 
 // Twice the value of an e2m1 code, which makes it an integer: 0 1 2 3 4 6 8 12, then negated.
-inline float doubled_e2m1(uint32_t code) {
+METAL_FUNC float doubled_e2m1(uint32_t code) {
   const float magnitude = float((0xC8643210u >> ((code & 7u) * 4u)) & 15u);
   return code & 8u ? -magnitude : magnitude;
 }
 
 // Half of the power of two that an e8m0 scale stands for.
-inline float halved_e8m0(uint32_t scale) {
+METAL_FUNC float halved_e8m0(uint32_t scale) {
   return 0.5f * as_type<float>(scale == 0u ? 0x00400000u : scale << 23);
 }
 
@@ -89,13 +89,13 @@ struct Matrix {
   };
 
   // What x in this column of a block is multiplied by before it meets the codes.
-  static float prescale(uint column) {
+  static METAL_FUNC float prescale(uint column) {
     if (Format != AFFINE) return 1.0f;
     return as_type<float>((127u - shift_of<CODE_BITS>(int(column))) << 23);
   }
 
   // The sum of a unit of x, undoing `prescale`.
-  static float sum(const thread float* x) {
+  static METAL_FUNC float sum(const thread float* x) {
     if (Format != AFFINE) return 0.0f;
     float total = 0.0f;
 #pragma unroll
@@ -104,13 +104,14 @@ struct Matrix {
   }
 
   // The matrix of one slot. Banks exceed 4 GB, slots do not: 64 bits to get there, 32 within.
-  Matrix in_slot(uint64_t slot, uint rows, uint cols) const {
+  METAL_FUNC Matrix in_slot(uint64_t slot, uint rows, uint cols) const {
     const uint64_t row = slot * rows, groups = row * (cols / Group);
     return {weight + row * (cols / VALUES * WORDS), scales + groups, biases + groups, bias + row};
   }
 
   // Unit `unit` of row `row` times x.
-  float product(uint row, uint cols, uint unit, const thread float* x, float x_sum) const {
+  METAL_FUNC float product(
+      uint row, uint cols, uint unit, const thread float* x, float x_sum) const {
     uint32_t words[WORDS];
     load_words<WORDS>(weight + row * (cols / VALUES * WORDS) + unit * WORDS, words);
     float total = 0.0f;
@@ -122,10 +123,10 @@ struct Matrix {
     return fma(float(scales[group]), total, float(biases[group]) * x_sum);
   }
 
-  float bias_of(uint row) const { return HasBias ? float(bias[row]) : 0.0f; }
+  METAL_FUNC float bias_of(uint row) const { return HasBias ? float(bias[row]) : 0.0f; }
 
  private:
-  static float value(const thread uint32_t* words, int i) {
+  static METAL_FUNC float value(const thread uint32_t* words, int i) {
     if (Format == AFFINE) return code_of<CODE_BITS>(words, i);
     if (Format == MXFP4) return doubled_e2m1(words[i / 8] >> (i % 8 * 4));
     if (Format == FLOAT32) return as_type<float>(words[i]);
@@ -136,7 +137,7 @@ struct Matrix {
 };
 
 template <int Format, int Bits, int Group, bool HasBias, typename S, typename B>
-inline Matrix<Format, Bits, Group, HasBias, S, B> make_matrix(
+METAL_FUNC Matrix<Format, Bits, Group, HasBias, S, B> make_matrix(
     const device uint32_t* weight,
     const device S* scales,
     const device S* biases,

@@ -30,14 +30,14 @@ constant constexpr int ACTIVATION = 3;
 
 // The first of a lane's ROWS rows.
 template <int Lanes>
-inline uint first_row(uint threadgroup_index, uint simdgroup, uint lane) {
+METAL_FUNC uint first_row(uint threadgroup_index, uint simdgroup, uint lane) {
   const uint sets = 32 / Lanes;
   return ((threadgroup_index * SIMDGROUPS + simdgroup) * sets + lane / Lanes) * ROWS;
 }
 
 // tile = factor * x[0 .. width), prescaled for the matrix.
 template <class M, typename T>
-inline void stage(
+METAL_FUNC void stage(
     const device T* x,
     float factor,
     uint width,
@@ -51,7 +51,7 @@ inline void stage(
 
 // A unit of the staged x.
 template <class M>
-inline void load_unit(const threadgroup float* tile, uint unit, thread float* x) {
+METAL_FUNC void load_unit(const threadgroup float* tile, uint unit, thread float* x) {
   const uint column = unit * M::VALUES;
   const threadgroup float* from = tile + column / BLOCK * TILE_STRIDE + column % BLOCK;
 #pragma unroll
@@ -59,11 +59,11 @@ inline void load_unit(const threadgroup float* tile, uint unit, thread float* x)
 }
 
 // Lanes beyond the last row read that one again, and what they find is not written.
-inline uint within(uint row, uint n_rows) { return row < n_rows ? row : n_rows - 1; }
+METAL_FUNC uint within(uint row, uint n_rows) { return row < n_rows ? row : n_rows - 1; }
 
 // The sum over the lanes of a set; every lane gets it.
 template <int Lanes>
-inline float sum_over_lanes(float value) {
+METAL_FUNC float sum_over_lanes(float value) {
 #pragma unroll
   for (int offset = Lanes / 2; offset > 0; offset /= 2)
     value += simd_shuffle_xor(value, ushort(offset));

@@ -140,7 +140,7 @@ def test_sources(kernel: KernelSource) -> None:
     header = kernel.header()
     assert '#include "' not in header
     assert "#pragma once" not in header
-    assert f"inline void {kernel.name}(" in header
+    assert f"METAL_FUNC void {kernel.name}(" in header
     assert kernel.body.count(";") == 2
     assert kernel.body.count(f"flashmoe::{kernel.name}<") == 1
     # MLX adds parameters for names like these.
