@@ -25,7 +25,7 @@ from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Ses
 from flashmoe.io.reader import Reader
 from flashmoe.io.select import choose_page_cache, open_reader, resolve_reader
 from flashmoe.kernels.select import resolve_kernel, select_kernel
-from flashmoe.locate import open_model
+from flashmoe.locate import cache_folder, open_model
 from flashmoe.model.load import (
     StreamingModel,
     build_skeleton,
@@ -144,7 +144,7 @@ class FlashMoEModel:
             slots=self.memory_plan.slots,
             group_records=self.memory_plan.prompts.group_records,
             reader=self._reader,
-            kernel=select_kernel(chosen),
+            kernel=select_kernel(chosen, cache_folder()),
             stats=self._stats,
             widen=widen_records,
         )
@@ -176,8 +176,8 @@ class FlashMoEModel:
 
         memory: one number for the whole process ("24GB", or bytes); by default three quarters
             of what the machine has free. cache: the bank alone, "min" being one token's needs.
-        kernel: "auto", "cpu" or "reference". context: most tokens of prompt and answer together
-            (default 4096, or the model's own limit where that is lower).
+        kernel: "auto", "cpu", "metal" or "reference". context: most tokens of prompt and answer
+            together (default 4096, or the model's own limit where that is lower).
         dtype: "float32" widens 16-bit floats when they are loaded, "stored" keeps them;
             "auto" widens on CPUs, where MLX is several times faster in float32, and wherever the
             model's config states float32.

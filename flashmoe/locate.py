@@ -65,7 +65,7 @@ def cache_path(checkpoint: Checkpoint, precision: str) -> Path:
         stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
         identity = json.dumps([str(checkpoint.folder.resolve()), stamps])
         version = hashlib.sha256(identity.encode()).hexdigest()
-    return _cache_folder() / f"{_prefix(checkpoint.repo)}{version[:12]}-{precision}.flashmoe"
+    return cache_folder() / f"{_prefix(checkpoint.repo)}{version[:12]}-{precision}.flashmoe"
 
 
 def _find_hub_store(repo: str, revision: str | None, precision: str) -> Path | None:
@@ -73,7 +73,7 @@ def _find_hub_store(repo: str, revision: str | None, precision: str) -> Path | N
     not answer."""
     commit = hub_commit(repo, revision)
     version = commit[:12] if commit else "*" if revision is None else f"{revision[:12]}*"
-    found = _cache_folder().glob(f"{_prefix(repo)}{version}-{precision}.flashmoe")
+    found = cache_folder().glob(f"{_prefix(repo)}{version}-{precision}.flashmoe")
     stores = [path for path in found if is_store(path)]
     return max(stores, key=lambda path: path.stat().st_mtime_ns, default=None)
 
@@ -82,5 +82,6 @@ def _prefix(repo: str) -> str:
     return f"{repo.replace('/', '--')}-"
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where stores of checkpoints and the verdicts of kernel checks are kept."""
     return CACHE_FOLDER.expanduser()

@@ -42,8 +42,8 @@ class KernelResult:
 
     `products_per_second` is the median over rounds, `slowest` and `fastest` its extremes; a row
     makes one product per weight. `bytes_per_second` counts packed weights, scales and biases once
-    per call. `share_of_copy` divides it by the copies' rate (None for several rows and on a GPU),
-    `times_mlx` divides the products by those of MLX's op (None for that op).
+    per call. `share_of_copy` divides it by the copies' rate (None for several rows, and on another
+    device than the copies'), `times_mlx` divides the products by those of MLX's op (None for it).
     """
 
     shape: str
@@ -64,7 +64,8 @@ class KernelResult:
 class KernelBench:
     """All results, and what they hold for.
 
-    `device` is where MLX's op ran; `threads` is how many the native kernels and the copies took.
+    `device` is where MLX's op and the copies ran; `threads` is how many the native kernels, and
+    copies on a CPU, took.
     The copies' rate is a median over rounds too and counts bytes read and bytes written.
     `without_native` says why no native kernel is among the results (None when one is).
     """
@@ -156,7 +157,7 @@ def bench_kernels(
         results=tuple(
             result
             for shape, rows, timings in measured
-            for result in _summarise(shape, rows, timings[:-1], copied)
+            for result in _summarise(shape, rows, timings[:-1], copied, copy.device)
         ),
     )
 
@@ -211,9 +212,9 @@ def _take_turns(
 
 
 def _summarise(
-    shape: Shape, rows: int, timings: Sequence[_Timing], copied: float
+    shape: Shape, rows: int, timings: Sequence[_Timing], copied: float, on: str
 ) -> Iterator[KernelResult]:
-    """Results of what took turns, MLX's op first; `copied` in bytes per second."""
+    """Results of what took turns, MLX's op first; `copied` in bytes per second on device `on`."""
     mlx = timings[0]
     for timing in timings:
         rate = timing.products / timing.median
@@ -229,6 +230,6 @@ def _summarise(
             slowest=timing.products / max(timing.seconds),
             fastest=timing.products / min(timing.seconds),
             bytes_per_second=read,
-            share_of_copy=read / copied if rows == 1 and timing.device == "cpu" else None,
+            share_of_copy=read / copied if rows == 1 and timing.device == on else None,
             times_mlx=None if timing is mlx else rate * mlx.median / mlx.products,
         )

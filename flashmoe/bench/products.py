@@ -158,7 +158,12 @@ class WorkingSet:
 
 
 def copying(copied_bytes: int, pool: Executor, threads: int) -> Subject:
-    """Copies between two halves of `copied_bytes`; all of these are moved: read, or written."""
+    """Copies between two halves of `copied_bytes`, where MLX computes; all of these are moved:
+    read, or written. On a CPU `threads` of the pool share them."""
+    if device_name() == "gpu":
+        words = mx.ones(copied_bytes // 8, mx.uint32)
+        mx.eval(words)
+        return Subject("copy", "gpu", 0, 2 * words.nbytes, lambda turn: mx.eval(words + turn))
     source = np.ones(copied_bytes // 2, np.uint8)
     target = np.zeros_like(source)
     cuts = np.linspace(0, len(source), threads + 1).astype(int)

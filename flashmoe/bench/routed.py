@@ -12,7 +12,7 @@ from mlx_lm.models.switch_layers import SwiGLU
 
 from flashmoe import native
 from flashmoe.bench.products import Packed, Shape, Subject, WorkingSet, device_name
-from flashmoe.kernels import cpu, reference
+from flashmoe.kernels import cpu, metal, reference
 from flashmoe.kernels.contract import ExpertForward, ExpertSpec, ProjectionPacking, Slots
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -43,9 +43,11 @@ class ExpertSet:
         return cls(shape, packing, (gate, up, down), n_slots, products_per_call)
 
     def subjects(self, rows: int, isas: Sequence[str]) -> list[Subject]:
-        """MLX's ops, then the native kernel on each instruction set, `rows` rows an expert.
+        """MLX's ops, the Metal kernels where there is Metal, then the native kernel on each
+        instruction set, with `rows` rows an expert.
 
-        A call takes as many experts as make `products_per_call`, each with rows of its own.
+        A call takes as many experts as make `products_per_call`: one token's for one row, as in
+        a decode step, otherwise each with rows of its own, as in a prompt.
         """
         products = 3 * rows * self.shape.inputs * self.shape.outputs
         n = min(max(1, self.products_per_call // products), self.n_slots)
@@ -56,12 +58,13 @@ class ExpertSet:
             if array is not None
         }
         spec = ExpertSpec("SwitchGLU", SwiGLU(), dict.fromkeys(_PROJECTIONS, self.packing))
-        x = mx.random.normal((n * rows, self.shape.inputs), key=mx.random.key(1))
+        n_tokens = 1 if rows == 1 else n * rows
+        x = mx.random.normal((n_tokens, self.shape.inputs), key=mx.random.key(1))
         mx.eval(x, weights)
 
         def slots(turn: int) -> Slots:
             taken = (turn * n + np.arange(n)) % self.n_slots
-            return np.repeat(taken.astype(np.int32), rows)[:, None]
+            return np.repeat(taken.astype(np.int32), rows).reshape(n_tokens, -1)
 
         def run(forward: ExpertForward, turn: int) -> None:
             mx.eval(forward(x, slots(turn)))
@@ -74,6 +77,9 @@ class ExpertSet:
         subject = partial(Subject, products=n * products, bytes_moved=moved)
         twin = partial(run, reference.bind_experts(weights, spec))
         subjects = [subject("mlx experts", device_name(), run=twin)]
+        if metal.available() is None and self.packing.mode in ("affine", "mxfp4"):
+            decode = partial(run, metal.bind_experts(weights, spec))
+            subjects.append(subject("metal", "gpu", run=decode))
         if isas:
             forward = cpu.bind_experts(weights, spec)
             subjects += [

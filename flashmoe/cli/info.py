@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from flashmoe.cli import options
+from flashmoe.errors import FlashMoEError
 
 if TYPE_CHECKING:
     from flashmoe.io.select import ReaderStatus
@@ -15,8 +18,21 @@ if TYPE_CHECKING:
 PACKAGES = ("flashmoe", "mlx", "mlx-lm", "transformers", "huggingface_hub", "numpy")
 
 
-def info(json: options.Json = False) -> None:
+def info(
+    check_kernels: Annotated[
+        bool,
+        typer.Option(
+            "--check-kernels",
+            help="Hold every kernel that runs here against the reference, for every packing, "
+            "dtype and activation.",
+        ),
+    ] = False,
+    json: options.Json = False,
+) -> None:
     """Show versions, the device, and which kernels and readers there are and why."""
+    if check_kernels:
+        _check_kernels(json)
+        return
     import platform
 
     import mlx.core as mx
@@ -59,3 +75,37 @@ def info(json: options.Json = False) -> None:
 
 def _note(status: KernelStatus | ReaderStatus) -> str:
     return status.note if status.available else f"not available: {status.note}"
+
+
+def _check_kernels(json: bool) -> None:
+    """Print a line per kernel and shape class. Raises FlashMoEError when one is wrong."""
+    from flashmoe.cli.console import out, print_json
+    from flashmoe.kernels.check_cases import standard_cases
+    from flashmoe.kernels.select import checkable_kernels, kernel_statuses
+    from flashmoe.kernels.self_check import check, machine_name
+
+    kernels = checkable_kernels()
+    idle = {s.name: s.note for s in kernel_statuses() if s.name != "reference" and not s.available}
+    results = []
+    if not json:
+        out.print(machine_name(), markup=False)
+        out.print(f"{'kernel':<7} {'shape class':<64} {'error':>8} {'at most':>8}", markup=False)
+    for name, (kernel, dtypes) in kernels.items():
+        for label, case in standard_cases(dtypes):
+            outcome = check(kernel, case)
+            results.append({"kernel": name, "case": label, **asdict(outcome)})
+            if json:
+                continue
+            error = "" if outcome.error is None else f"{outcome.error:.1e}"
+            verdict = "" if outcome.passed else f"  WRONG: {outcome.verdict}"
+            limit = f"{outcome.tolerance:.0e}"
+            out.print(f"{name:<7} {label:<64} {error:>8} {limit:>8}{verdict}", markup=False)
+    wrong = sum(result["verdict"] != "passed" for result in results)
+    if json:
+        print_json({"machine": machine_name(), "checks": results, "not_run": idle})
+    else:
+        for name, note in idle.items():
+            out.print(f"{name:<7} not run: {note}", markup=False)
+        out.print(f"{len(results) - wrong} of {len(results)} checks passed", markup=False)
+    if wrong:
+        raise FlashMoEError(f"{wrong} of {len(results)} kernel checks failed on this machine")

@@ -82,9 +82,9 @@ def _candidates(numbers: list[float], gated: bool) -> Iterator[Activation]:
 
 
 def _numbers(activation: Callable[..., mx.array]) -> list[float]:
-    """The positive numbers among a module's attributes."""
+    """The positive, finite numbers among a module's attributes."""
     held: dict[str, Any] = {**getattr(activation, "__dict__", {})}
-    return [float(v) for v in held.values() if type(v) in (int, float) and v > 0]
+    return [float(v) for v in held.values() if type(v) in (int, float) and 0 < v < math.inf]
 
 
 def _sigmoid(x: Floats) -> Floats:

@@ -38,8 +38,9 @@ class ExpertSpec:
 # y[..., j, :] = expert(slots[..., j]) applied to x[..., :].
 #
 # `x` [..., d_in] float, `slots` [..., k] on the host; the result is [..., k, d_out] in x's dtype
-# and may be unevaluated. The result of a row depends on that row and its experts' weights alone:
-# never on the number of slots, on which slot an expert is in, or on the other rows.
+# and may be unevaluated. The result of a row depends on that row, its experts' weights and, at
+# most, on how many rows of the call each of its experts has: never on the number of slots, or on
+# which slot an expert is in.
 ExpertForward = Callable[[mx.array, Slots], mx.array]
 
 

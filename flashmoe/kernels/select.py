@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 
 from flashmoe import native
 from flashmoe.errors import OptionError
-from flashmoe.kernels import cpu, reference
+from flashmoe.kernels import cpu, metal, reference
 from flashmoe.kernels.contract import ExpertKernel
+from flashmoe.kernels.metal_source import sources_digest
+from flashmoe.kernels.self_check import Checker
+from flashmoe.kernels.verdicts import Verdicts
+
+VERDICTS_FILE = "kernel-checks.json"
 
 _KERNELS: dict[str, ExpertKernel] = {
+    "metal": metal.bind_experts,
     "cpu": cpu.bind_experts,
     "reference": reference.bind_experts,
 }
@@ -27,9 +34,10 @@ class KernelStatus:
 
 
 def auto_kernel() -> str:
-    """What `auto` means: the native kernels where MLX computes on the CPU and they were built."""
-    on_cpu = mx.default_device() == mx.cpu
-    return "cpu" if on_cpu and native.available() is None else "reference"
+    """What `auto` means: the kernels written for the device that MLX computes on, where they
+    can run."""
+    name = "cpu" if mx.default_device() == mx.cpu else "metal"
+    return name if _missing(name) is None else "reference"
 
 
 def kernel_names() -> list[str]:
@@ -39,15 +47,11 @@ def kernel_names() -> list[str]:
 
 def kernel_statuses() -> list[KernelStatus]:
     """Every kernel of this package."""
-    missing = native.available()
-    if missing is None:
-        note = f"native library in float32, {native.isa()}, {native.threads()} threads"
-    else:
-        note = missing
-    return [
-        KernelStatus("reference", True, "MLX's own operations"),
-        KernelStatus("cpu", missing is None, note),
-    ]
+    statuses = [KernelStatus("reference", True, "MLX's own operations")]
+    for name in ("cpu", "metal"):
+        missing = _missing(name)
+        statuses.append(KernelStatus(name, missing is None, missing or _note(name)))
+    return statuses
 
 
 def resolve_kernel(name: str = "auto") -> str:
@@ -58,12 +62,44 @@ def resolve_kernel(name: str = "auto") -> str:
     chosen = auto_kernel() if name == "auto" else name
     if chosen not in _KERNELS:
         raise OptionError(f"kernel must be one of {kernel_names()}, not {name!r}")
-    missing = native.available()
-    if chosen == "cpu" and missing is not None:
-        raise OptionError(f"kernel cpu is not there: {missing}")
+    missing = _missing(chosen)
+    if missing is not None:
+        raise OptionError(f"kernel {chosen} is not there: {missing}")
     return chosen
 
 
-def select_kernel(name: str = "auto") -> ExpertKernel:
-    """The kernel of that name; raises OptionError as `resolve_kernel` does."""
-    return _KERNELS[resolve_kernel(name)]
+def select_kernel(name: str = "auto", folder: Path | None = None) -> ExpertKernel:
+    """The kernel of that name; raises OptionError as `resolve_kernel` does.
+
+    The Metal kernels are checked on first use of a shape class, and what was found is kept in
+    `folder`.
+    """
+    chosen = resolve_kernel(name)
+    kernel = _KERNELS[chosen]
+    if chosen != "metal":
+        return kernel
+    verdicts = Verdicts(None if folder is None else folder / VERDICTS_FILE)
+    checker = Checker(chosen, kernel, metal.covers_experts, sources_digest(), verdicts)
+    return checker.bind_experts
+
+
+def checkable_kernels() -> dict[str, tuple[ExpertKernel, tuple[mx.Dtype, ...]]]:
+    """The kernels that run here and have a twin to be held against, with their dtypes of x."""
+    dtypes: dict[str, tuple[mx.Dtype, ...]] = {
+        "cpu": (mx.float32,),
+        "metal": (mx.float32, mx.float16, mx.bfloat16),
+    }
+    return {name: (_KERNELS[name], dtypes[name]) for name in dtypes if _missing(name) is None}
+
+
+def _missing(name: str) -> str | None:
+    """Why a kernel cannot run here; None when it can."""
+    if name == "cpu":
+        return native.available()
+    return metal.available() if name == "metal" else None
+
+
+def _note(name: str) -> str:
+    if name == "cpu":
+        return f"native library in float32, {native.isa()}, {native.threads()} threads"
+    return "expert_gate_up and expert_down for decode steps, checked on first use"

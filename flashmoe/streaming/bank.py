@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe.errors import FlashMoEError, ReadError
+from flashmoe.errors import FlashMoEError
 from flashmoe.io.reader import Reader, ReadRequest
 from flashmoe.store.layout import LayerLayout
 from flashmoe.store.reader import Store
+from flashmoe.streaming.arrivals import Arrival, Arrivals
 from flashmoe.streaming.policy import LRU
 from flashmoe.streaming.slots import SlotMemory
 from flashmoe.streaming.telemetry import Stats
@@ -42,6 +44,7 @@ class LayerBank:
         widen: bool,
     ) -> None:
         self.group = layer.top_k
+        self.record_bytes = layer.record.stride
         if n_slots < self.group:
             raise ValueError(f"{layer.path} needs at least {self.group} slots, not {n_slots}")
         self.memory = SlotMemory(layer.record, n_slots, self.group, widen)
@@ -59,9 +62,20 @@ class LayerBank:
         """Make up to `group` distinct experts resident; returns the layer's slot table.
 
         The table [n_experts] maps an expert to its slot and is valid for `experts` until the
-        next call. Raises ValueError for more experts than `group`, and ReadError when a record
-        cannot be read whole; the experts that were being read are then absent, and the bank
-        stays usable.
+        next call. Raises what `request` and its arrivals raise.
+        """
+        with self.request(experts) as arrivals:
+            while self.wait(arrivals):
+                pass
+        return self._slot_of
+
+    def request(self, experts: Sequence[int], *, apart: bool = False) -> Arrivals:
+        """Start reading those of up to `group` distinct experts that are not resident.
+
+        Their slots are theirs, as `slots_of` tells, once they have landed, and until the next
+        call. `apart`: each can land before the others. Raises ValueError for more experts than
+        `group`, and ReadError when a record cannot be read; the experts that had not landed are
+        then absent, and the bank stays usable.
         """
         if self._closed:
             raise FlashMoEError("the model is closed; load it again with from_pretrained")
@@ -73,11 +87,41 @@ class LayerBank:
         self._stats.misses += len(missing)
         self._stats.bytes_demanded += stride * len(experts)
         if missing:
-            self._bring(missing, pinned=set(experts))
-            self._stats.bytes_read += stride * len(missing)
+            self._settle_pending()
+        pinned = set(experts)
+        arrivals: list[Arrival] = []
+        try:
+            for row, expert in enumerate(missing):
+                slot = self._take_slot(pinned)
+                place = self.memory.destination(slot, row)
+                request = ReadRequest(self._path, self._layer.record_offset(expert), place)
+                arrivals.append(Arrival(expert, slot, row, request))
+        except BaseException:
+            self._lose(arrivals)
+            raise
+        # In the order of the call: landing has none that would come again.
         for expert in experts:
             self._policy.use(expert)
-        return self._slot_of
+        return Arrivals(self._reader, arrivals, apart=apart, landed=self._land, lost=self._lose)
+
+    def resident(self, experts: Sequence[int]) -> list[int]:
+        """Those of `experts` that are in a slot."""
+        return [expert for expert in experts if self._slot_of[expert] != ABSENT]
+
+    def slots_of(self, experts: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+        """The slots of resident experts, in the array's shape."""
+        slots: npt.NDArray[np.int32] = self._slot_of[experts]
+        return slots
+
+    def wait(self, arrivals: Arrivals) -> list[int]:
+        """The experts that land next, as `Arrivals.land` says; the time counts as reading."""
+        if not arrivals.coming:
+            return []
+        started = time.perf_counter()
+        try:
+            return arrivals.land()
+        finally:
+            self._stats.seconds.reading += time.perf_counter() - started
 
     def uses(self, output: mx.array) -> None:
         """Note an unevaluated array that reads slots of this bank.
@@ -92,8 +136,8 @@ class LayerBank:
         """Slots that hold no expert."""
         return len(self._free)
 
-    def resident(self) -> list[int]:
-        """The experts that are in a slot."""
+    def held(self) -> list[int]:
+        """All experts that are in a slot."""
         experts: list[int] = np.flatnonzero(self._slot_of != ABSENT).tolist()
         return experts
 
@@ -108,9 +152,8 @@ class LayerBank:
 
     def use(self, experts: Sequence[int]) -> None:
         """Count the resident ones of `experts` as used, in this order."""
-        for expert in experts:
-            if self._slot_of[expert] != ABSENT:
-                self._policy.use(expert)
+        for expert in self.resident(experts):
+            self._policy.use(expert)
 
     def make_room(self, uses: Mapping[int, int], count: int) -> None:
         """Evict `count` of the resident experts, which `uses` covers: those with the lowest
@@ -148,28 +191,17 @@ class LayerBank:
                 f"{sorted(self._free)} != {self.memory.n_slots} slots"
             )
 
-    def _bring(self, missing: list[int], pinned: set[int]) -> None:
-        self._settle_pending()
-        started = time.perf_counter()
-        slots: list[int] = []
-        requests = []
-        try:
-            for row, expert in enumerate(missing):
-                slots.append(self._take_slot(pinned))
-                destination = self.memory.destination(slots[-1], row)
-                offset = self._layer.record_offset(expert)
-                requests.append(ReadRequest(self._path, offset, destination))
-            self._reader.submit(requests).wait()
-            self.memory.settle(slots)
-        except BaseException as error:
-            # Whatever the slots hold now belongs to nobody, once nobody writes to them: an
-            # interrupt may have come between submitting and waiting.
-            if not isinstance(error, ReadError):
-                self._reader.drain()
-            self._free.extend(slots)
-            raise
-        self._slot_of[missing] = slots
-        self._stats.seconds.reading += time.perf_counter() - started
+    def _land(self, arrivals: Sequence[Arrival]) -> None:
+        for arrival in arrivals:
+            self.memory.settle(arrival.slot, arrival.row)
+            self._slot_of[arrival.expert] = arrival.slot
+            self._stats.bytes_read += self._layer.record.stride
+
+    def _lose(self, arrivals: Sequence[Arrival]) -> None:
+        # Whatever the slots hold now belongs to nobody.
+        for arrival in arrivals:
+            self._free.append(arrival.slot)
+            self._policy.forget(arrival.expert)
 
     def _settle_pending(self) -> None:
         if self._pending:

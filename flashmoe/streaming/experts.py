@@ -16,6 +16,9 @@ from flashmoe.streaming.bank import LayerBank
 from flashmoe.streaming.sweep import Sweep
 from flashmoe.streaming.telemetry import Stats
 
+# Smaller records are there before it pays to compute without them.
+APART_BYTES = 256 * 1024
+
 
 class StreamedExperts(nn.Module):
     """Routed experts whose weights are in a bank; same call and result as the module replaced.
@@ -47,13 +50,16 @@ class StreamedExperts(nn.Module):
         experts = np.array(indices)
         self._stats.seconds.computing += time.perf_counter() - started
         distinct = np.unique(experts)
-        if len(distinct) <= self._bank.group:
+        if len(distinct) > self._bank.group:
+            if self._sweep is not None:
+                return self._sweep(x, experts)
+            return self._run_grouped(x, experts, distinct)
+        if experts.size == experts.shape[-1] and self._bank.record_bytes >= APART_BYTES:
+            y = self._run_overlapped(x, experts)
+        else:
             y = self._run(x, experts, distinct)
-            self._bank.uses(y)
-            return y
-        if self._sweep is not None:
-            return self._sweep(x, experts)
-        return self._run_grouped(x, experts, distinct)
+        self._bank.uses(y)
+        return y
 
     def close(self) -> None:
         """Give the bank's memory back; calls raise FlashMoEError afterwards."""
@@ -61,10 +67,38 @@ class StreamedExperts(nn.Module):
         self._sweep = None
         self._bank.close()
 
+    def _run_overlapped(self, x: mx.array, experts: npt.NDArray[Any]) -> mx.array:
+        """One token: experts in the bank compute while the others are read, and these as they
+        land. In any order, because a kernel's results do not depend on which slots are in a call.
+        """
+        flat = experts.reshape(-1)
+        with self._bank.request(flat.tolist(), apart=True) as arrivals:
+            ready = self._bank.resident(flat.tolist())
+            if len(ready) == len(flat):
+                return self._compute(x, self._bank.slots_of(experts))
+            row = x.reshape(1, x.shape[-1])
+            places, parts = [], []
+            while ready or (ready := self._bank.wait(arrivals)):
+                taken = np.flatnonzero(np.isin(flat, ready))
+                places.append(taken)
+                parts.append(self._compute(row, self._bank.slots_of(flat[None, taken]))[0])
+                # A lazy kernel starts now, while the reads go on.
+                mx.async_eval(parts[-1])  # type: ignore[no-untyped-call]
+                ready = []
+        order = np.argsort(np.concatenate(places))
+        y = mx.concatenate(parts)[mx.array(order)]
+        return y.reshape(*experts.shape, y.shape[-1])
+
     def _run(self, x: mx.array, experts: npt.NDArray[Any], distinct: npt.NDArray[Any]) -> mx.array:
         table = self._bank.acquire(distinct.tolist())
-        assert self._forward is not None  # acquire raises once the bank is closed
-        return self._forward(x, table[experts])
+        return self._compute(x, table[experts])
+
+    def _compute(self, x: mx.array, slots: npt.NDArray[np.int32]) -> mx.array:
+        assert self._forward is not None  # a closed bank gives no slots
+        started = time.perf_counter()
+        y = self._forward(x, slots)
+        self._stats.seconds.experts += time.perf_counter() - started
+        return y
 
     def _run_grouped(
         self, x: mx.array, experts: npt.NDArray[Any], distinct: npt.NDArray[Any]

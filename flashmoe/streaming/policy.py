@@ -16,6 +16,10 @@ class LRU:
         self._order.pop(expert, None)
         self._order[expert] = None
 
+    def forget(self, expert: int) -> None:
+        """Note that an expert is not resident any more, if it ever was."""
+        self._order.pop(expert, None)
+
     def victim(self, pinned: Collection[int]) -> int:
         """The expert to evict, none of `pinned`; it is forgotten.
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -132,19 +131,18 @@ class SlotMemory:
                 buffers.append(self._waste[:gap])
         return Scatter(buffers)
 
-    def settle(self, slots: Sequence[int]) -> None:
-        """Widen what reads into rows 0, 1, ... brought for these slots."""
+    def settle(self, slot: int, row: int) -> None:
+        """Widen what a read into this staging row brought for this slot."""
         for place in self._places:
             if place.staging is None:
                 continue
-            for row, slot in enumerate(slots):
-                stored = place.stored(row)
-                target = np.frombuffer(place.slot(slot), np.float32)
-                if place.component.dtype == "BF16":
-                    bits = np.frombuffer(stored, np.uint16)
-                    np.left_shift(bits, 16, out=target.view(np.uint32), dtype=np.uint32)
-                else:
-                    target[:] = np.frombuffer(stored, np.float16)
+            stored = place.stored(row)
+            target = np.frombuffer(place.slot(slot), np.float32)
+            if place.component.dtype == "BF16":
+                bits = np.frombuffer(stored, np.uint16)
+                np.left_shift(bits, 16, out=target.view(np.uint32), dtype=np.uint32)
+            else:
+                target[:] = np.frombuffer(stored, np.float16)
 
 
 def _allocate(size_bytes: int) -> mx.array:

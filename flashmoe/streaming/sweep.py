@@ -193,7 +193,8 @@ class Sweep:
     def _wait(self, ticket: Ticket, n_records: int, number: int) -> None:
         started = time.perf_counter()
         ticket.wait()
-        self._staging.groups[number % N_GROUPS].settle(range(n_records))
+        for slot in range(n_records):
+            self._staging.groups[number % N_GROUPS].settle(slot, slot)
         self._stats.seconds.reading += time.perf_counter() - started
         self._stats.bytes_read += n_records * self._layer.record.stride
 
@@ -207,7 +208,7 @@ class Sweep:
     ) -> None:
         started = time.perf_counter()
         result.put(rows.pairs(run), np.repeat(slots, rows.counts[run])[:, None], forward)
-        self._stats.seconds.computing += time.perf_counter() - started
+        self._stats.seconds.experts += time.perf_counter() - started
 
     def _make_room(self, rows: RoutedRows, missing: Ints) -> set[int]:
         """Free the slots of the resident experts that leave; returns the experts to adopt."""
@@ -215,7 +216,7 @@ class Sweep:
             return set()
         uses = dict(zip(rows.experts.tolist(), rows.counts.tolist(), strict=True))
         staged = {expert: uses[expert] for expert in rows.experts[missing].tolist()}
-        resident = {expert: uses.get(expert, 0) for expert in self._bank.resident()}
+        resident = {expert: uses.get(expert, 0) for expert in self._bank.held()}
         adopted, leaving = choose_adopted(staged, resident, self._bank.n_free)
         self._bank.make_room(resident, leaving)
         return adopted

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field, replace
 class Seconds:
     """Wall-clock seconds by phase.
 
-    `prefill` and `decode` split the time of generation; `reading` (waiting for records) and
-    `computing` (waiting for MLX) are parts of both.
+    `prefill` and `decode` split the time of generation; `reading` (waiting for records),
+    `experts` (in the kernels of routed experts; lazy ones only begin there) and `computing`
+    (waiting for MLX) are parts of both.
     """
 
     prefill: float = 0.0
     decode: float = 0.0
     reading: float = 0.0
+    experts: float = 0.0
     computing: float = 0.0
 
 
@@ -57,6 +59,7 @@ class Stats:
             seconds=Seconds(
                 prefill=self.seconds.prefill - earlier.seconds.prefill,
                 decode=self.seconds.decode - earlier.seconds.decode,
+                experts=self.seconds.experts - earlier.seconds.experts,
                 reading=self.seconds.reading - earlier.seconds.reading,
                 computing=self.seconds.computing - earlier.seconds.computing,
             ),
