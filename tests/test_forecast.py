@@ -158,6 +158,20 @@ def test_a_guess_that_fails_says_so_when_it_is_demanded(store: Store) -> None:
     assert_holds(bank, [1, 2])
 
 
+def test_a_prompt_brings_what_was_guessed(store: Store) -> None:
+    reader = slow(store)
+    bank, _ = make_bank(store, reader, n_slots=6)
+    bank.read_ahead([4])
+    reader.waiting[0].begun = True
+    other, _ = make_bank(store, memory_reader(store))
+    slot = int(other.acquire([4])[4])
+    bank.adopt(4, other.memory, slot)
+    bank.check_integrity()
+    reader.waiting[0].end()
+    assert_holds(bank, [4, 1])
+    bank.check_integrity()
+
+
 def test_widened_records_are_not_read_ahead(store: Store) -> None:
     bank, stats = make_bank(store, memory_reader(store), n_slots=6, widen=True)
     bank.read_ahead([4])

@@ -257,6 +257,10 @@ class LayerBank:
     def _harvest(self) -> None:
         if len(self._ahead):
             whole, failed = self._ahead.harvest()
+            # A prompt may have brought the same expert meanwhile.
+            twice = [arrival for arrival in whole if self._slot_of[arrival.expert] != ABSENT]
+            self._free.extend(arrival.slot for arrival in twice)
+            whole = [arrival for arrival in whole if arrival not in twice]
             self._land(whole)
             for arrival in whole:
                 self._policy.use(arrival.expert)
