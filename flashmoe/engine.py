@@ -41,7 +41,6 @@ from flashmoe.streaming.telemetry import Stats
 from flashmoe.units import parse_size
 
 DEFAULT_CONTEXT = 4096
-PREFILL_CHUNK = 256
 # Of the memory that is free when no number is given.
 DEFAULT_MEMORY_SHARE = 0.75
 
@@ -93,21 +92,31 @@ class FlashMoEModel:
             total_bytes = machine.resident_set_bytes() + int(
                 machine.usable_memory_bytes() * DEFAULT_MEMORY_SHARE
             )
-        self.memory_plan = budget.plan_memory(
-            total_bytes=total_bytes,
-            bank_bytes=bank_bytes,
-            process_bytes=machine.resident_set_bytes() + budget.SLACK_BYTES,
-            resident_bytes=budget.resident_bytes(store.manifest, widen),
-            kv_bytes=_kv_bytes(probed.caches, context, store.manifest, widen),
-            scratch_bytes=budget.all_staging_bytes(layouts, widen_records)
-            + budget.scratch_bytes(
-                chunk=min(PREFILL_CHUNK, context),
+        staging_bytes = budget.all_staging_bytes(layouts, widen_records)
+
+        def scratch(chunk: int, swept: bool) -> int:
+            return staging_bytes + budget.scratch_bytes(
+                chunk=chunk,
                 context=context,
                 width=probed.width,
                 heads=_largest(config, "num_attention_heads"),
                 vocabulary=probed.vocabulary,
                 top_k=max(layout.top_k for layout in layouts),
                 materialized_scores=mx.default_device() == mx.cpu,
+                swept=swept,
+            )
+
+        self.memory_plan = budget.plan_memory(
+            total_bytes=total_bytes,
+            bank_bytes=bank_bytes,
+            process_bytes=machine.resident_set_bytes() + budget.SLACK_BYTES,
+            resident_bytes=budget.resident_bytes(store.manifest, widen),
+            kv_bytes=_kv_bytes(probed.caches, context, store.manifest, widen),
+            prompts=budget.prompt_plans(
+                scratch,
+                context=context,
+                group_bytes=budget.group_bytes(layouts, widen_records),
+                most_records=max(layout.n_experts for layout in layouts),
             ),
             demands=demands,
         )
@@ -133,6 +142,7 @@ class FlashMoEModel:
             skeleton,
             store,
             slots=self.memory_plan.slots,
+            group_records=self.memory_plan.prompts.group_records,
             reader=self._reader,
             kernel=select_kernel(chosen, cache_folder()),
             stats=self._stats,
@@ -222,7 +232,11 @@ class FlashMoEModel:
     def session(self) -> Session:
         """A conversation that keeps its KV cache between turns."""
         return Session(
-            self.model, self.tokenizer, self._stats, context=self.context, chunk=PREFILL_CHUNK
+            self.model,
+            self.tokenizer,
+            self._stats,
+            context=self.context,
+            chunk=self.memory_plan.prompts.chunk_tokens,
         )
 
     def stream(

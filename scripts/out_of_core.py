@@ -32,19 +32,18 @@ from flashmoe.kernels.select import resolve_kernel
 from flashmoe.store.reader import Store, is_store, open_store
 from flashmoe.units import format_size, parse_size
 
-PROMPT_TOKENS = 16
 WITH, WITHOUT = "with the native library", "without it"
 
 Report = dict[str, Any]
 
 
-def decode(store: str, memory: str, tokens: int, kernel: str) -> Report:
-    """Load and generate; what happened after the first token."""
-    context = PROMPT_TOKENS + tokens
+def decode(store: str, memory: str, prompt_tokens: int, tokens: int, kernel: str) -> Report:
+    """Load and generate; what happened until the first token (`prompt_...`) and after it."""
+    context = prompt_tokens + tokens
     with FlashMoEModel(open_store(store), memory=memory, context=context, kernel=kernel) as model:
         vocabulary = len(model.tokenizer)
         stream = model.session().stream(
-            [(i * 7919) % vocabulary for i in range(PROMPT_TOKENS)],
+            [(i * 7919) % vocabulary for i in range(prompt_tokens)],
             max_new_tokens=tokens,
             # Greedy decoding of a random model soon repeats itself, and so does its routing.
             sampling=Sampling(temperature=1.0, seed=0),
@@ -54,6 +53,7 @@ def decode(store: str, memory: str, tokens: int, kernel: str) -> Report:
         for _ in stream:
             pass
         spent = model.stats().since(before)
+        chunk = model.memory_plan.prompts.chunk_tokens
         bank_bytes = model.bank_bytes
     return {
         "kernel": resolve_kernel(kernel),
@@ -64,6 +64,11 @@ def decode(store: str, memory: str, tokens: int, kernel: str) -> Report:
         "bytes_read_per_token": spent.bytes_read / spent.tokens,
         "bytes_per_second_waited": spent.bytes_read / max(spent.seconds.reading, 1e-9),
         "waiting_share": spent.seconds.reading / spent.seconds.decode,
+        "prompt_tokens": before.prompt_tokens,
+        "prompt_chunk_tokens": chunk,
+        "prompt_seconds": before.seconds.prefill,
+        "prompt_seconds_waiting": before.seconds.reading,
+        "prompt_bytes_read": before.bytes_read,
         "bank_bytes": bank_bytes,
         "peak_memory_bytes": machine.peak_resident_set_bytes(),
     }
@@ -96,7 +101,8 @@ def run_decode(store: Path, args: argparse.Namespace, subject: str) -> Report:
     # Without the library the package chooses: a kernel that needs it cannot be asked for.
     kernel = args.kernel if subject == WITH else "auto"
     command = [sys.executable, __file__, "--decode", str(store), "--memory", args.memory]
-    command += ["--tokens", str(args.tokens), "--kernel", kernel]
+    command += ["--prompt-tokens", str(args.prompt_tokens), "--tokens", str(args.tokens)]
+    command += ["--kernel", kernel]
     environment = dict(os.environ)
     with contextlib.ExitStack() as stack:
         if subject == WITHOUT:
@@ -173,7 +179,11 @@ def print_reports(store: Store, args: argparse.Namespace, reports: list[Report])
             f"bank {format_size(middle['bank_bytes'])}, hit rate {middle['hit_rate']:.0%}, "
             f"{format_size(middle['bytes_read_per_token'])} read per token\n"
             f"  waiting for reads {middle['waiting_share']:.0%} of the time, "
-            f"at {format_size(middle['bytes_per_second_waited'])}/s"
+            f"at {format_size(middle['bytes_per_second_waited'])}/s\n"
+            f"  prompt of {middle['prompt_tokens']:.0f} tokens "
+            f"in {middle['prompt_seconds']:.2f} s, "
+            f"{middle['prompt_seconds_waiting']:.2f} s of it waiting for reads, "
+            f"{format_size(middle['prompt_bytes_read'])} read"
         )
     if len(speeds) == 2:
         print(f"native library: {speeds[WITH] / speeds[WITHOUT]:.1f} times as fast")
@@ -190,6 +200,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=16, help="of a model made here; default: 16")
     parser.add_argument("--memory", default="3500MB", help="default: 3500MB")
     parser.add_argument("--tokens", type=int, default=33, help="default: 33")
+    parser.add_argument("--prompt-tokens", type=int, default=16, help="default: 16")
     parser.add_argument("--kernel", default="auto", help="of runs with the native library")
     parser.add_argument("--cgroup", metavar="SIZE", help="limit memory and page cache together")
     parser.add_argument("--folder", type=Path, help="keep a store made here, and reuse it")
@@ -206,7 +217,8 @@ def main() -> None:
     args = parse_arguments()
     try:
         if args.decode:
-            print(json.dumps(decode(args.decode, args.memory, args.tokens, args.kernel)))
+            report = decode(args.decode, args.memory, args.prompt_tokens, args.tokens, args.kernel)
+            print(json.dumps(report))
             return
         subjects = [WITHOUT] if args.without_native else [WITH]
         if args.compare:

@@ -12,6 +12,7 @@ from flashmoe.streaming.budget import (
     JITTER_BYTES,
     LEAST_REUSE_BYTES,
     LayerDemand,
+    PromptPlan,
     all_staging_bytes,
     layer_demands,
     least_bank_bytes,
@@ -30,7 +31,7 @@ FIXED = {
     "process_bytes": 10 * MB,
     "resident_bytes": 20 * MB,
     "kv_bytes": 1 * MB,
-    "scratch_bytes": 2 * MB,
+    "prompts": [PromptPlan(256, 0, 2 * MB, 0)],
 }
 FIXED_BYTES = 33 * MB + LEAST_REUSE_BYTES
 
@@ -156,7 +157,7 @@ class TestPlanMemory:
         assert plan_.bank_bytes == 1000 * sum(slots)
         assert plan_.planned_bytes == FIXED_BYTES + plan_.bank_bytes <= plan_.total_bytes
         assert (plan_.process_bytes, plan_.resident_bytes) == (10 * MB, 20 * MB)
-        assert (plan_.kv_bytes, plan_.scratch_bytes) == (1 * MB, 2 * MB)
+        assert (plan_.kv_bytes, plan_.prompts.nbytes) == (1 * MB, 2 * MB)
         assert plan_.reuse_bytes == LEAST_REUSE_BYTES
 
     @pytest.mark.parametrize("total_bytes", [FIXED_BYTES + 5999, FIXED_BYTES, 10 * MB, 1])
@@ -211,7 +212,7 @@ class TestPlanMemory:
             found.process_bytes
             + found.resident_bytes
             + found.kv_bytes
-            + found.scratch_bytes
+            + found.prompts.nbytes
             + found.reuse_bytes
             + found.bank_bytes
         )
@@ -267,7 +268,9 @@ def test_resident_bytes():
 
 def test_scratch_bytes():
     sizes = {"chunk": 256, "context": 4096, "width": 2048, "heads": 16, "vocabulary": 151_936}
-    fused = scratch_bytes(**sizes, top_k=8, materialized_scores=False)
+    fused = scratch_bytes(**sizes, top_k=8, materialized_scores=False, swept=False)
     assert fused == 4 * 256 * 2048 * 72 + 16 * 151_936
-    whole = scratch_bytes(**sizes, top_k=8, materialized_scores=True)
+    whole = scratch_bytes(**sizes, top_k=8, materialized_scores=True, swept=False)
     assert whole - fused == 12 * 16 * 256 * 4096
+    swept = scratch_bytes(**sizes, top_k=8, materialized_scores=False, swept=True)
+    assert fused - swept == 4 * 256 * 2048 * 3 * 8

@@ -9,7 +9,7 @@ import pytest
 from mlx_lm.models.mla import MultiLinear
 
 from flashmoe import native
-from flashmoe.kernels.linear import LEAST_WEIGHTS, native_twin
+from flashmoe.kernels.linear import LEAST_WEIGHTS, left_lazy, native_twin, output_layers
 
 ROWS, COLS = 512, 256
 TOLERANCE = 2e-6
@@ -114,3 +114,20 @@ def test_small_layers_and_other_modules_stay() -> None:
     assert twin_of(linear(False, rows=LEAST_WEIGHTS // COLS - 1)) is None
     assert twin_of(nn.RMSNorm(COLS)) is None
     assert twin_of(linear(False).to_quantized(group_size=16, bits=4, mode="nvfp4")) is None
+
+
+def test_layers_left_to_mlx_for_a_while() -> None:
+    small = linear(False).to_quantized(group_size=64, bits=4)
+    large = linear(False, rows=2 * ROWS).to_quantized(group_size=64, bits=4)
+    mx.eval(small.parameters(), large.parameters())
+    twins = [twin_of(small), twin_of(large)]
+    if None in twins:
+        return
+    model = nn.Sequential(*twins)
+    x = mx.random.normal((3, COLS), key=mx.random.key(5))
+    native = twins[1](x)
+    assert output_layers(model) == [twins[1]]
+    with left_lazy(output_layers(model)):
+        assert mx.array_equal(twins[1](x), large(x))
+    assert mx.array_equal(twins[1](x), native)
+    assert output_layers(large) == []

@@ -43,6 +43,7 @@ print(json.dumps({{
     "peak": machine.peak_resident_set_bytes(),
     "planned": plan.planned_bytes,
     "bank": plan.bank_bytes,
+    "prompts": plan.prompts.nbytes,
     "hit_rate": model.stats().hit_rate,
 }}))
 """
@@ -66,15 +67,19 @@ def test_peak_stays_under_the_number(big_store: Store) -> None:
     refused = run(big_store, 100_000_000)
     least = int(refused["least"])
     assert f"{-(-least // 10**6)}MB" in str(refused["message"])
-    banks = []
+    banks, prompts = [], []
     for memory in (least, least + 60_000_000, least + 150_000_000):
         report = run(big_store, memory)
         assert report["planned"] <= memory
         assert report["peak"] < memory, report
         banks.append(report["bank"])
-    # The bank gets what more memory brings, less the share that MLX may keep.
-    assert banks[1] - banks[0] > 55_000_000
-    assert banks[2] - banks[1] > 80_000_000
+        prompts.append(report["prompts"])
+    # The bank gets what more memory brings, less the shares of prompts and of what MLX may keep.
+    assert prompts[0] < prompts[1] <= prompts[2]
+    assert banks[1] - banks[0] > 48_000_000
+    assert banks[2] - banks[1] > 70_000_000
+    assert banks[1] + prompts[1] - banks[0] - prompts[0] > 55_000_000
+    assert banks[2] + prompts[2] - banks[1] - prompts[1] > 80_000_000
 
 
 def test_everything_is_used_when_it_fits(big_store: Store) -> None:

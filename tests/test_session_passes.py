@@ -3,8 +3,11 @@
 import mlx.core as mx
 import pytest
 from families import FAMILIES, build_model
+from natives import compiled
 from scripted import VOCABULARY, ScriptedModel
 from sessions import answer, draw, session_of, watch_passes
+
+from flashmoe import native
 
 
 @pytest.mark.parametrize(
@@ -32,6 +35,22 @@ def test_the_lm_head_is_computed_for_the_last_token_only():
     before = mx.get_active_memory()
     answer(session, draw(1, 129), 2)
     assert mx.get_peak_memory() - before < 8_000_000
+
+
+@compiled
+def test_nor_by_native_kernels(demo, monkeypatch):
+    rows = []
+    matmul = native.matmul
+
+    def counting(x, w, *args):
+        if w.rows == len(demo.tokenizer):
+            rows.append(len(x))
+        return matmul(x, w, *args)
+
+    monkeypatch.setattr(native, "matmul", counting)
+    ids = draw(1, 300)
+    list(demo.stream(ids, 3))
+    assert rows == [1, 1, 1]
 
 
 def test_progress_of_a_prompt(qwen):

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_lm.utils import load_model
 
 from flashmoe.demo import DEMO_FOLDER
-from flashmoe.engine import PREFILL_CHUNK, FlashMoEModel
+from flashmoe.engine import FlashMoEModel
 from flashmoe.generation.session import Session
 from flashmoe.locate import open_model
 from flashmoe.store.reader import is_store
@@ -100,7 +100,8 @@ def _resident(checkpoint: Path, model: FlashMoEModel) -> _Subject:
     resident.set_dtype(mx.float32)
     mx.eval(resident.parameters())
     stats = Stats()
-    session = Session(resident, model.tokenizer, stats, context=model.context, chunk=PREFILL_CHUNK)
+    chunk = model.memory_plan.prompts.chunk_tokens
+    session = Session(resident, model.tokenizer, stats, context=model.context, chunk=chunk)
     return _Subject("resident", None, session, stats)
 
 

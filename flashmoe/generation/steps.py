@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+from flashmoe.kernels.linear import left_lazy, output_layers
 from flashmoe.streaming.telemetry import Stats
 
 Sampler = Callable[[mx.array], mx.array]
@@ -29,6 +30,7 @@ class TokenState:
         self._stats = stats
         self._chunk = chunk
         self._cache: list[Any] = make_prompt_cache(model)
+        self._output_layers = output_layers(model)
         self._torn = False
 
     def rewind_to_prefix_of(self, ids: Sequence[int]) -> int:
@@ -70,9 +72,10 @@ class TokenState:
 
     def _forward(self, ids: Sequence[int], *, logits: bool) -> mx.array:
         self._torn = True
-        out: mx.array = self._model(mx.array([ids], mx.int32), cache=self._cache)[0, -1]
-        started = time.perf_counter()
         # Before the last token only the caches matter: the LM head is never computed.
+        with left_lazy(() if logits else self._output_layers):
+            out: mx.array = self._model(mx.array([ids], mx.int32), cache=self._cache)[0, -1]
+        started = time.perf_counter()
         state = [layer.state for layer in self._cache]
         mx.eval(state, out) if logits else mx.eval(state)
         self._stats.seconds.computing += time.perf_counter() - started

@@ -7,6 +7,8 @@ embeddings up, which takes a row and no product.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -24,7 +26,7 @@ class NativeLinear(nn.Linear):
     """`nn.Linear`: x [..., cols] -> [..., rows]. Evaluates `x`."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if x.dtype == mx.float32:
+        if self._native and x.dtype == mx.float32:
             return _with_bias(self, _product(self._matrix, x))
         y: mx.array = super().__call__(x)
         return y
@@ -34,7 +36,7 @@ class NativeQuantizedLinear(nn.QuantizedLinear):
     """`nn.QuantizedLinear`: x [..., cols] -> [..., rows]. Evaluates `x`."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if x.dtype == mx.float32:
+        if self._native and x.dtype == mx.float32:
             return _with_bias(self, _product(self._matrix, x))
         y: mx.array = super().__call__(x)
         return y
@@ -44,7 +46,7 @@ class NativeEmbedding(nn.Embedding):
     """`nn.Embedding`, its use as the output layer included. Evaluates `x` there."""
 
     def as_linear(self, x: mx.array) -> mx.array:
-        if x.dtype == mx.float32:
+        if self._native and x.dtype == mx.float32:
             return _product(self._matrix, x)
         y: mx.array = super().as_linear(x)
         return y
@@ -54,7 +56,7 @@ class NativeQuantizedEmbedding(nn.QuantizedEmbedding):
     """`nn.QuantizedEmbedding`, its use as the output layer included. Evaluates `x` there."""
 
     def as_linear(self, x: mx.array) -> mx.array:
-        if x.dtype == mx.float32:
+        if self._native and x.dtype == mx.float32:
             return _product(self._matrix, x)
         y: mx.array = super().as_linear(x)
         return y
@@ -67,7 +69,7 @@ class NativeMultiLinear(MultiLinear):
     """
 
     def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
-        if transpose and x.dtype == mx.float32:
+        if transpose and self._native and x.dtype == mx.float32:
             return _product_per_head(self._matrix, x)
         y: mx.array = super().__call__(x, transpose)
         return y
@@ -77,7 +79,7 @@ class NativeQuantizedMultiLinear(QuantizedMultiLinear):
     """mlx-lm's `QuantizedMultiLinear`; see `NativeMultiLinear`."""
 
     def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
-        if transpose and x.dtype == mx.float32:
+        if transpose and self._native and x.dtype == mx.float32:
             return _product_per_head(self._matrix, x)
         y: mx.array = super().__call__(x, transpose)
         return y
@@ -107,7 +109,28 @@ def native_twin(module: nn.Module) -> nn.Module | None:
     dict.update(made, module)
     vars(made).update(vars(module))
     made._matrix = matrix
+    made._native = True
     return made  # type: ignore[no-any-return]
+
+
+def output_layers(model: nn.Module) -> list[nn.Module]:
+    """The native layers with the most rows, of which the one that gives the logits is one."""
+    layers: list[Any] = [m for m in model.modules() if type(m) in _TWINS.values()]
+    most = max((layer._matrix.rows for layer in layers), default=0)
+    return [layer for layer in layers if layer._matrix.rows == most]
+
+
+@contextmanager
+def left_lazy(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Leave the products of native `layers` to MLX, which never computes what nobody reads."""
+    natives: Sequence[Any] = layers
+    try:
+        for layer in natives:
+            layer._native = False
+        yield
+    finally:
+        for layer in natives:
+            layer._native = True
 
 
 def _matrix(module: nn.Module) -> native.Matrix | None:

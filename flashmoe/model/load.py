@@ -21,10 +21,11 @@ from flashmoe.errors import StoreError
 from flashmoe.io.reader import Reader
 from flashmoe.kernels.contract import ExpertKernel, ExpertSpec, ProjectionPacking
 from flashmoe.kernels.linear import native_twin
-from flashmoe.store.layout import LayerLayout
+from flashmoe.store.layout import LayerLayout, RecordLayout
 from flashmoe.store.reader import Store
 from flashmoe.streaming.bank import LayerBank
 from flashmoe.streaming.experts import StreamedExperts
+from flashmoe.streaming.sweep import Staging, Sweep
 from flashmoe.streaming.telemetry import Stats
 
 
@@ -35,11 +36,14 @@ class StreamingModel:
     module: nn.Module
     layers: tuple[StreamedExperts, ...]
     banks: tuple[LayerBank, ...]
+    staging: tuple[Staging, ...]
 
     def close(self) -> None:
         """Give the banks' memory back; the module can no longer be called."""
         for layer in self.layers:
             layer.close()
+        for staging in self.staging:
+            staging.release()
 
 
 def build_skeleton(store: Store, config: Config) -> nn.Module:
@@ -96,24 +100,40 @@ def stream_experts(
     store: Store,
     *,
     slots: Sequence[int],
+    group_records: int,
     reader: Reader,
     kernel: ExpertKernel,
     stats: Stats,
     widen: bool,
 ) -> StreamingModel:
-    """Replace every routed-expert module of `model` with one over a bank of its own."""
+    """Replace every routed-expert module of `model` with one over a bank of its own.
+
+    With `group_records`, prompts go through staging groups of that size, which layers of one
+    record layout share; without any, they go through the banks.
+    """
     modules = expert_modules(model)
     banks = []
+    stagings: dict[RecordLayout, Staging] = {}
     streamed: dict[str, StreamedExperts] = {}
     for layer, n_slots in zip(store.manifest.layers, slots, strict=True):
         layout = layer.layout
         module = modules[layout.path]
         bank = LayerBank(store, layout, reader, stats, n_slots=n_slots, widen=widen)
-        forward = kernel(bank.memory.weights, _spec(layout, module))
-        streamed[layout.path] = StreamedExperts(bank, forward, stats, extra_children(module))
+        spec = _spec(layout, module)
+        forward = kernel(bank.memory.weights, spec)
+        sweep = None
+        if group_records:
+            if layout.record not in stagings:
+                stagings[layout.record] = Staging(layout.record, group_records, widen)
+            staging = stagings[layout.record]
+            forwards = [kernel(group.weights, spec) for group in staging.groups]
+            path = store.file(layout.file)
+            sweep = Sweep(path, layout, reader, stats, bank, forward, staging, forwards)
+        children = extra_children(module)
+        streamed[layout.path] = StreamedExperts(bank, forward, stats, children, sweep)
         banks.append(bank)
     replace_modules(model, streamed)
-    return StreamingModel(model, tuple(streamed.values()), tuple(banks))
+    return StreamingModel(model, tuple(streamed.values()), tuple(banks), tuple(stagings.values()))
 
 
 def _spec(layout: LayerLayout, module: nn.Module) -> ExpertSpec:

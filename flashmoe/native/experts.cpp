@@ -2,6 +2,7 @@
 
 #include <stdint.h>
 
+#include <algorithm>
 #include <exception>
 #include <memory>
 #include <vector>
@@ -13,6 +14,8 @@
 
 namespace flashmoe {
 namespace {
+
+constexpr int64_t kScratchBytes = 8 << 20;
 
 int check_vectors(const fm_vectors& v) {
   if (!v.data) return FM_OK;
@@ -73,13 +76,12 @@ struct Projection {
   }
 };
 
-void forward(const float* x, const int32_t* slots, int64_t n_pairs, int64_t top_k,
-             const fm_experts& e, float* y) {
+void forward(const float* x, const Order& order, int64_t top_k, const fm_experts& e, float* y,
+             float* scratch) {
   const Kernels& table = kernels();
   const bool gated = e.gate.weight;
+  const int64_t n_pairs = int64_t(order.pairs.size());
   const int64_t width = e.up.rows, hidden = n_pairs * width;
-  const Order order(slots, n_pairs);
-  const std::unique_ptr<float[]> scratch(new float[gated ? 2 * hidden : hidden]);
   Projection gate(table, e.gate, e.gate_bias, n_pairs);
   Projection up(table, e.up, e.up_bias, n_pairs);
   Projection down(table, e.down, e.down_bias, n_pairs);
@@ -87,9 +89,9 @@ void forward(const float* x, const int32_t* slots, int64_t n_pairs, int64_t top_
     const int64_t p = order.pairs[i];
     gate.in[i] = up.in[i] = x + p / top_k * e.up.cols;
     // What is activated lies first, with a gate or without.
-    down.in[i] = scratch.get() + i * width;
-    gate.out[i] = scratch.get() + i * width;
-    up.out[i] = scratch.get() + (gated ? hidden : 0) + i * width;
+    down.in[i] = scratch + i * width;
+    gate.out[i] = scratch + i * width;
+    up.out[i] = scratch + (gated ? hidden : 0) + i * width;
     down.out[i] = y + p * e.down.rows;
   }
   const int64_t products = n_pairs * width * e.up.cols * (gated ? 2 : 1);
@@ -101,6 +103,18 @@ void forward(const float* x, const int32_t* slots, int64_t n_pairs, int64_t top_
                      end - begin);
   });
   for_each_rows(order, e.down.rows, n_pairs * e.down.rows * width, down);
+}
+
+// A prompt has many pairs, and what they need between the products stays in bounds.
+void forward_in_parts(const float* x, const int32_t* slots, int64_t n_pairs, int64_t top_k,
+                      const fm_experts& e, float* y) {
+  const int64_t pair_bytes = 2 * std::max<int64_t>(e.up.rows, 1) * int64_t(sizeof(float));
+  const int64_t most = std::clamp(kScratchBytes / pair_bytes, int64_t(1), n_pairs);
+  const std::unique_ptr<float[]> scratch(new float[2 * most * e.up.rows]);
+  const Order order(slots, n_pairs);
+  if (most == n_pairs) return forward(x, order, top_k, e, y, scratch.get());
+  for (int64_t first = 0; first < n_pairs; first += most)
+    forward(x, order.part(first, std::min(most, n_pairs - first)), top_k, e, y, scratch.get());
 }
 
 }  // namespace
@@ -115,7 +129,7 @@ int fm_expert_forward(const float* x, const int32_t* slots, int64_t n_tokens, in
   if (!problem) problem = check_slots(slots, n_pairs, experts->up);
   if (problem) return problem;
   try {
-    forward(x, slots, n_pairs, top_k, *experts, y);
+    if (n_pairs) forward_in_parts(x, slots, n_pairs, top_k, *experts, y);
   } catch (const std::exception&) {
     return FM_NO_RESOURCES;
   }

@@ -102,7 +102,8 @@ typedef struct {
 /* y[t, j, :] = expert slots[t, j] applied to x[t, :]: down(activation(gate x, up x)).
  *
  * x float32 [n_tokens, up.cols], slots [n_tokens, top_k], y float32 [n_tokens, top_k, down.rows].
- * Each row has the bits that fm_matmul gives it, whatever else is in the call.
+ * Each row has the bits that fm_matmul gives it, whatever else is in the call. Takes 8 MB of
+ * memory at most, or what one pair needs, beside what lists of pairs take.
  */
 FM_EXPORT int fm_expert_forward(const float* x, const int32_t* slots, int64_t n_tokens,
                                 int64_t top_k, const fm_experts* experts, float* y);

@@ -50,6 +50,17 @@ Order::Order(const int32_t* slots, int64_t n_pairs) : pairs(n_pairs) {
   }
 }
 
+Order Order::part(int64_t first, int64_t count) const {
+  Order order;
+  order.pairs.assign(pairs.begin() + first, pairs.begin() + first + count);
+  for (const Run& run : runs) {
+    const int64_t begin = std::max(run.first, first);
+    const int64_t end = std::min(run.first + run.count, first + count);
+    if (begin < end) order.runs.push_back({run.slot, begin - first, end - begin});
+  }
+  return order;
+}
+
 void for_each_rows(const Order& order, int64_t rows, int64_t products,
                    const std::function<void(const Run&, int64_t, int64_t)>& work) {
   const int64_t n_runs = int64_t(order.runs.size());

@@ -31,6 +31,12 @@ struct Order {
   std::vector<Run> runs;
 
   Order(const int32_t* slots, int64_t n_pairs);
+
+  // Places first .. first + count - 1 alone.
+  Order part(int64_t first, int64_t count) const;
+
+ private:
+  Order() = default;
 };
 
 // Calls work(run, begin, end) for ranges of rows that cover 0 .. rows - 1 of every run, on all

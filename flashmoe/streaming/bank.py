@@ -7,7 +7,7 @@ every output (`uses`) and evaluates those that are pending before it overwrites 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -131,6 +131,51 @@ class LayerBank:
         self._settle_pending()
         self._pending.append(output)
 
+    @property
+    def n_free(self) -> int:
+        """Slots that hold no expert."""
+        return len(self._free)
+
+    def held(self) -> list[int]:
+        """All experts that are in a slot."""
+        experts: list[int] = np.flatnonzero(self._slot_of != ABSENT).tolist()
+        return experts
+
+    def slot_table(self) -> npt.NDArray[np.int32]:
+        """The slot of each expert [n_experts], or ABSENT, as it is now.
+
+        Raises FlashMoEError once the bank is closed.
+        """
+        if self._closed:
+            raise FlashMoEError("the model is closed; load it again with from_pretrained")
+        return self._slot_of.copy()
+
+    def use(self, experts: Sequence[int]) -> None:
+        """Count the resident ones of `experts` as used, in this order."""
+        for expert in self.resident(experts):
+            self._policy.use(expert)
+
+    def make_room(self, uses: Mapping[int, int], count: int) -> None:
+        """Evict `count` of the resident experts, which `uses` covers: those with the lowest
+        value, and of equal ones those that the policy would."""
+        for level in sorted(set(uses.values())):
+            pinned = {expert for expert in uses if uses[expert] != level}
+            for _ in range(min(count, len(uses) - len(pinned))):
+                self._free.append(self._evict(pinned))
+                count -= 1
+
+    def adopt(self, expert: int, source: SlotMemory, slot: int) -> None:
+        """Copy an absent expert out of another memory's slot into a free one."""
+        self._settle_pending()
+        own = self._free.pop()
+        try:
+            self.memory.copy_slot(own, source, slot)
+            self._policy.use(expert)
+            self._slot_of[expert] = own
+        except BaseException:
+            self._free.append(own)
+            raise
+
     def close(self) -> None:
         """Give the slots' memory back; nothing can be acquired afterwards."""
         self._pending.clear()
@@ -166,8 +211,10 @@ class LayerBank:
             self._stats.seconds.computing += time.perf_counter() - started
 
     def _take_slot(self, pinned: set[int]) -> int:
-        if self._free:
-            return self._free.pop()
+        return self._free.pop() if self._free else self._evict(pinned)
+
+    def _evict(self, pinned: set[int]) -> int:
+        """The slot of an expert that is no longer resident, none of `pinned`."""
         victim = self._policy.victim(pinned)
         slot = int(self._slot_of[victim])
         self._slot_of[victim] = ABSENT

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flashmoe.errors import MemoryBudgetError
@@ -18,6 +18,13 @@ from flashmoe.store.manifest import Manifest
 from flashmoe.streaming.slots import slot_bytes, staging_bytes
 from flashmoe.units import format_size
 
+# Tokens of a prompt that are fed at once.
+LEAST_CHUNK_TOKENS = 256
+MOST_CHUNK_TOKENS = 2048
+# Records in each of the two staging groups of prompts; none means through the bank.
+GROUP_RECORDS = (0, 1, 2, 4, 8, 16)
+# Of what is left beyond one token's needs, what prompts may take from the bank.
+PROMPT_SHARE = 1 / 8
 # The allocator's slack and what libraries allocate after start-up.
 SLACK_BYTES = 32 * 10**6
 # MLX keeps freed buffers for reuse: up to this share of the total, within these bounds.
@@ -38,14 +45,31 @@ class LayerDemand:
 
 
 @dataclass(frozen=True)
+class PromptPlan:
+    """How prompts are fed: tokens at once, records per staging group, and what that takes."""
+
+    chunk_tokens: int
+    group_records: int
+    scratch_bytes: int
+    staging_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.scratch_bytes + self.staging_bytes
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
-    """Where every byte goes; `total_bytes` is None when only the bank's size was given."""
+    """Where every byte goes; `total_bytes` is None when only the bank's size was given.
+
+    `prompts` is how prompts are fed, with its scratch and staging.
+    """
 
     total_bytes: int | None
     process_bytes: int
     resident_bytes: int
     kv_bytes: int
-    scratch_bytes: int
+    prompts: PromptPlan
     reuse_bytes: int
     slots: tuple[int, ...]
     bank_bytes: int
@@ -58,7 +82,7 @@ class MemoryPlan:
             self.process_bytes
             + self.resident_bytes
             + self.kv_bytes
-            + self.scratch_bytes
+            + self.prompts.nbytes
             + self.reuse_bytes
             + self.bank_bytes
         )
@@ -83,8 +107,14 @@ def resident_bytes(manifest: Manifest, widen: bool) -> int:
 
 
 def all_staging_bytes(layers: Sequence[LayerLayout], widen: bool) -> int:
-    """Memory of all layers' staging buffers."""
+    """Memory of the banks' staging rows, in which 16-bit floats wait for being widened."""
     return sum(layer.top_k * staging_bytes(layer.record, widen) for layer in layers)
+
+
+def group_bytes(layers: Sequence[LayerLayout], widen: bool) -> int:
+    """Memory of one record in each of both staging groups; layers of one layout share theirs."""
+    records = {layer.record for layer in layers}
+    return 2 * sum(slot_bytes(record, widen) + staging_bytes(record, widen) for record in records)
 
 
 def scratch_bytes(
@@ -96,17 +126,55 @@ def scratch_bytes(
     vocabulary: int,
     top_k: int,
     materialized_scores: bool,
+    swept: bool,
 ) -> int:
     """An upper estimate of what evaluating one prompt chunk needs beside weights and caches.
 
-    Expert outputs [chunk, top_k, width] float32 exist about six times at once (parts, their
-    concatenation, the reordered and the weighted copy, and their inputs), other activations
-    [chunk, width] about 24 times; attention scores [heads, chunk, context] three times where
-    attention is not fused; logits of one token four times while sampling.
+    Expert outputs [chunk, top_k, width] float32 exist about six times at once through the bank
+    (parts, their concatenation, the reordered and the weighted copy, and their inputs) and three
+    times in a sweep, other activations [chunk, width] about 24 times; attention scores
+    [heads, chunk, context] three times where attention is not fused; logits of one token four
+    times while sampling.
     """
-    activations = 4 * chunk * width * (6 * top_k + 24)
+    activations = 4 * chunk * width * ((3 if swept else 6) * top_k + 24)
     scores = 12 * heads * chunk * context if materialized_scores else 0
     return activations + scores + 16 * vocabulary
+
+
+def prompt_plans(
+    scratch: Callable[[int, bool], int],
+    *,
+    context: int,
+    group_bytes: int,
+    most_records: int,
+) -> list[PromptPlan]:
+    """The ways to feed prompts of up to `context` tokens, the least demanding first.
+
+    First the staging groups grow, up to `most_records` (the experts of a layer), then the chunk.
+    `scratch(chunk, swept)` is what a chunk needs, `group_bytes` one record in both groups.
+    """
+    chunks = [min(LEAST_CHUNK_TOKENS, context)]
+    while chunks[-1] < min(MOST_CHUNK_TOKENS, context):
+        chunks.append(min(2 * chunks[-1], MOST_CHUNK_TOKENS, context))
+    groups = sorted({min(records, most_records) for records in GROUP_RECORDS})
+    steps = [(chunks[0], records) for records in groups]
+    steps += [(chunk, groups[-1]) for chunk in chunks[1:] if groups[-1]]
+    return [
+        PromptPlan(chunk, records, scratch(chunk, records > 0), records * group_bytes)
+        for chunk, records in steps
+    ]
+
+
+def choose_prompts(plans: Sequence[PromptPlan], spare_bytes: int | None) -> PromptPlan:
+    """The last of `plans` that takes at most its share of `spare_bytes` more than the first does.
+
+    Without a number to stay under (None) it is the last one with the first one's chunk.
+    """
+    first = plans[0]
+    if spare_bytes is None:
+        return [plan for plan in plans if plan.chunk_tokens == first.chunk_tokens][-1]
+    most_bytes = first.nbytes + int(max(spare_bytes, 0) * PROMPT_SHARE)
+    return [plan for plan in plans if plan is first or plan.nbytes <= most_bytes][-1]
 
 
 def share_slots(demands: Sequence[LayerDemand], bank_bytes: int) -> tuple[int, ...]:
@@ -160,21 +228,28 @@ def plan_memory(
     process_bytes: int,
     resident_bytes: int,
     kv_bytes: int,
-    scratch_bytes: int,
+    prompts: Sequence[PromptPlan],
     demands: Sequence[LayerDemand],
 ) -> MemoryPlan:
     """Share `total_bytes` out; `bank_bytes` fixes the bank instead of giving it the rest.
+
+    `prompts` are the ways to feed prompts, the least demanding first.
 
     Raises MemoryBudgetError, naming the least that would fit, when something does not.
     """
     least = least_bank_bytes(demands)
     reuse = reuse_bytes(total_bytes)
+    spare = None
+    if total_bytes is not None:
+        needed = process_bytes + resident_bytes + kv_bytes + reuse + prompts[0].nbytes
+        spare = total_bytes - needed - (least if bank_bytes is None else bank_bytes)
+    chosen = choose_prompts(prompts, spare)
     if bank_bytes is not None:
         slots = share_slots(demands, bank_bytes)
     elif total_bytes is None:
         slots = tuple(demand.most for demand in demands)
     else:
-        fixed = process_bytes + resident_bytes + kv_bytes + scratch_bytes + reuse
+        fixed = process_bytes + resident_bytes + kv_bytes + chosen.nbytes + reuse
         rest = total_bytes - fixed
         slots = share_slots(demands, rest) if rest >= least else tuple(d.least for d in demands)
     used = sum(n * demand.slot_bytes for n, demand in zip(slots, demands, strict=True))
@@ -183,7 +258,7 @@ def plan_memory(
         process_bytes,
         resident_bytes,
         kv_bytes,
-        scratch_bytes,
+        chosen,
         reuse,
         slots,
         used,
@@ -195,7 +270,7 @@ def plan_memory(
         raise MemoryBudgetError(
             f"{format_size(total_bytes)} of memory is not enough: process "
             f"{format_size(process_bytes)} + resident weights {format_size(resident_bytes)} + "
-            f"KV cache {format_size(kv_bytes)} + scratch {format_size(scratch_bytes + reuse)} + "
+            f"KV cache {format_size(kv_bytes)} + scratch {format_size(chosen.nbytes + reuse)} + "
             f"bank {format_size(used)}; the least that fits is {_ceil_size(enough)}",
             enough,
         )

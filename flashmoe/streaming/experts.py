@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from flashmoe.kernels.contract import ExpertForward
 from flashmoe.streaming.bank import LayerBank
+from flashmoe.streaming.sweep import Sweep
 from flashmoe.streaming.telemetry import Stats
 
 # Smaller records are there before it pays to compute without them.
@@ -23,7 +24,8 @@ class StreamedExperts(nn.Module):
     """Routed experts whose weights are in a bank; same call and result as the module replaced.
 
     `x` [..., d_in], `indices` [..., k] -> [..., k, d_out] in x's dtype. `children` are the
-    resident parts of the replaced module (activation, norms), kept under their names.
+    resident parts of the replaced module (activation, norms), kept under their names. What
+    needs more experts than one token does goes through `sweep`, or without one through the bank.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class StreamedExperts(nn.Module):
         forward: ExpertForward,
         stats: Stats,
         children: Mapping[str, Any],
+        sweep: Sweep | None = None,
     ) -> None:
         super().__init__()
         for name, child in children.items():
@@ -39,6 +42,7 @@ class StreamedExperts(nn.Module):
         self._bank = bank
         self._forward: ExpertForward | None = forward
         self._stats = stats
+        self._sweep = sweep
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         started = time.perf_counter()
@@ -47,6 +51,8 @@ class StreamedExperts(nn.Module):
         self._stats.seconds.computing += time.perf_counter() - started
         distinct = np.unique(experts)
         if len(distinct) > self._bank.group:
+            if self._sweep is not None:
+                return self._sweep(x, experts)
             return self._run_grouped(x, experts, distinct)
         if experts.size == experts.shape[-1] and self._bank.record_bytes >= APART_BYTES:
             y = self._run_overlapped(x, experts)
@@ -58,6 +64,7 @@ class StreamedExperts(nn.Module):
     def close(self) -> None:
         """Give the bank's memory back; calls raise FlashMoEError afterwards."""
         self._forward = None
+        self._sweep = None
         self._bank.close()
 
     def _run_overlapped(self, x: mx.array, experts: npt.NDArray[Any]) -> mx.array:

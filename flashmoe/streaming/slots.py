@@ -115,6 +115,11 @@ class SlotMemory:
             self._destinations[slot] = self._scatter(slot, row)
         return self._destinations[slot]
 
+    def copy_slot(self, slot: int, source: SlotMemory, source_slot: int) -> None:
+        """Make `slot` hold what a slot of another memory of this layout holds."""
+        for place, other in zip(self._places, source._places, strict=True):
+            place.slot(slot)[:] = other.slot(source_slot)
+
     def _scatter(self, slot: int, row: int) -> Scatter:
         buffers = []
         for place, gap in zip(self._places, self._gaps, strict=True):
