@@ -42,7 +42,7 @@ class Report:
     """What was done, and what was not."""
 
     architectures: list[str] = field(default_factory=list)
-    functions: int = 0
+    functions: dict[str, str] = field(default_factory=dict)
     compile_seconds: float = 0.0
     usage: list[Usage] = field(default_factory=list)
     device: str | None = None
@@ -101,8 +101,8 @@ def compile_all(
     wanted = options.arch or {*ARCHITECTURES, *native_architectures()}
     report.architectures = sorted(wanted, key=int)
     requests = [request for trial in trials for request in trial.requests()]
-    report.functions = len(set(map(Variant.of, requests)))
-    texts = sources(requests, parts=4 * (os.cpu_count() or 1))
+    report.functions = {variant.name: str(variant) for variant in map(Variant.of, requests)}
+    texts = sources(requests, parts=os.cpu_count() or 1)
     try:
         report.usage = build_library(nvcc, texts, report.architectures, library)
     except CompileError as error:
@@ -131,6 +131,11 @@ def run_all(library: Path, small: Sequence[Trial], models: Sequence[Trial], repo
             report.checks += checks
     except DeviceError as error:
         report.failures.append(str(error))
+    judge(report)
+
+
+def judge(report: Report) -> None:
+    """Wrong outputs are failures."""
     report.failures += [
         f"{c.kernel} ({c.trial}): error {c.error:.2g}, above {c.tolerance:.0e}"
         for c in report.checks
@@ -167,16 +172,17 @@ def _compiled(report: Report) -> list[str]:
     if not report.usage:
         return []
     lines = [
-        f"compiled {report.functions} functions for "
+        f"compiled {len(report.functions)} functions for "
         f"{', '.join('sm_' + a for a in report.architectures)} in {report.compile_seconds:.0f} s, "
         "no warnings"
     ]
     for architecture in report.architectures:
         mine = [usage for usage in report.usage if usage.architecture == architecture]
-        spilling = sum(usage.spilled_bytes > 0 for usage in mine)
+        spilled = [usage.spilled_bytes for usage in mine if usage.spilled_bytes]
         lines.append(
             f"  sm_{architecture}: {min(u.registers for u in mine)} to "
-            f"{max(u.registers for u in mine)} registers, {spilling} functions spill"
+            f"{max(u.registers for u in mine)} registers, {len(spilled)} functions spill "
+            f"({max(spilled, default=0)} bytes at most)"
         )
     return lines
 

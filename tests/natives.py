@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 from flashmoe import native
 from flashmoe.errors import OptionError
+
+# macOS's allocator says on stderr that it makes room for the address sanitizer.
+QUIET_SANITIZERS = {**os.environ, "MallocNanoZone": "0"}
 
 ISAS = ("avx512", "avx2", "neon", "portable")
 

@@ -154,7 +154,7 @@ def test_the_digest_is_that_of_the_sources() -> None:
 def test_building_needs_no_gpu() -> None:
     for kernel in KERNELS:
         assert build(kernel) is build(kernel)
-    if metal.available() is None:
+    if mx.metal.is_available():
         return
     case = make_case(mx.float32, PACKED, d_in=64, hidden=64)
     weights = case.random_weights()
@@ -246,5 +246,16 @@ def test_selection() -> None:
     assert status.available == (missing is None)
     if missing is not None:
         assert status.note == missing
-        with pytest.raises(OptionError, match="kernel metal is not there: MLX has no Metal"):
+        with pytest.raises(OptionError, match=f"kernel metal is not there: {missing}"):
             select_kernel("metal")
+
+
+def test_where_the_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a Mac, unless its GPU is not to be used."""
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    assert metal.available() is None
+    monkeypatch.setattr(mx, "default_device", lambda: mx.cpu)
+    assert metal.available() == "MLX was told to compute on the CPU"
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    assert metal.available() == "MLX has no Metal on this machine"

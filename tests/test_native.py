@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from natives import compiled, isas_here
+from natives import QUIET_SANITIZERS, compiled, isas_here
 
 from flashmoe import native
 from flashmoe.errors import OptionError
@@ -332,6 +332,8 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     check = Path(__file__).with_name("native_check.cpp")
     build.build_library(program, flags=flags, extra=[check], shared=False)
-    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [program], capture_output=True, text=True, check=False, env=QUIET_SANITIZERS
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "portable" in done.stdout

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from natives import QUIET_SANITIZERS
 
 from flashmoe import native
 from flashmoe.errors import OptionError
@@ -27,7 +28,9 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     command = [compiler, *build.FLAGS, *SANITIZERS, f"-I{folder}", *files, "-o", program]
     subprocess.run(command, check=True)
     command = [program, tmp_path / "file"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=QUIET_SANITIZERS
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("uncached 1") == 2
 

@@ -223,7 +223,8 @@ def test_auto_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_info_checks_kernels(run_cli: Run) -> None:
-    done = run_cli("info", "--check-kernels")
+    with mx.stream(mx.gpu if mx.metal.is_available() else mx.cpu):
+        done = run_cli("info", "--check-kernels")
     assert done.code == 0
     last = done.out.splitlines()[-1]
     counted = sum(len(list(standard_cases(d))) for _, d in select.checkable_kernels().values())

@@ -50,7 +50,9 @@ DECODE_TOKENS = 8
 
 def available() -> str | None:
     """Why the kernels cannot run here; None when they can."""
-    return None if mx.metal.is_available() else "MLX has no Metal on this machine"
+    if not mx.metal.is_available():
+        return "MLX has no Metal on this machine"
+    return "MLX was told to compute on the CPU" if mx.default_device() == mx.cpu else None
 
 
 def covers_experts(weights: Mapping[str, mx.array], spec: ExpertSpec) -> bool:

@@ -3,7 +3,6 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
-#include <vector>
 
 #define RETURN_IF_FAILED(call) \
   if (const cudaError_t status = (call)) return status
@@ -11,6 +10,7 @@
 namespace {
 
 constexpr int WARM_UPS = 2;
+constexpr int MOST_BUFFERS = 16;
 
 cudaError_t enqueue(
     const void* kernel,
@@ -19,13 +19,14 @@ cudaError_t enqueue(
     void** buffers,
     int n_buffers,
     cudaStream_t stream) {
-  std::vector<void*> arguments(n_buffers);
+  if (n_buffers > MOST_BUFFERS) return cudaErrorInvalidValue;
+  void* arguments[MOST_BUFFERS] = {};
   for (int i = 0; i < n_buffers; ++i) arguments[i] = &buffers[i];
   return cudaLaunchKernel(
       kernel,
       dim3(groups[0], groups[1], groups[2]),
       dim3(threads[0], threads[1], threads[2]),
-      arguments.data(),
+      arguments,
       0,
       stream);
 }

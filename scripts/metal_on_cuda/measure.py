@@ -50,7 +50,7 @@ class Check:
 class Speed:
     """Microseconds and GB/s of one call, median, with the slowest and fastest run; a copy's GB/s
     count what it reads and what it writes. `like_copy` is a copy that moves as much as the call
-    in place of COPY_BYTES."""
+    instead."""
 
     trial: str
     kernel: str
@@ -63,10 +63,10 @@ class Speed:
     of_like_copy: float
 
 
-def copy_rate(device: Device, moved_bytes: int, calls: int) -> float:
+def copy_rate(device: Device, moved_bytes: int, calls: int, repeats: int) -> float:
     """Bytes/s of copies that read and write `moved_bytes` together."""
     half = max(256, moved_bytes // 2 // 256 * 256)
-    return 2 * half / statistics.median(device.copy_seconds(half, calls, REPEATS))
+    return 2 * half / statistics.median(device.copy_seconds(half, calls, repeats))
 
 
 def check(device: Device, trials: Iterable[Trial]) -> list[Check]:
@@ -78,21 +78,25 @@ def check(device: Device, trials: Iterable[Trial]) -> list[Check]:
 
 
 def measure(
-    device: Device, trials: Iterable[Trial], bank_bytes: int = BANK_BYTES
+    device: Device,
+    trials: Iterable[Trial],
+    bank_bytes: int = BANK_BYTES,
+    copy_bytes: int = COPY_BYTES,
+    repeats: int = REPEATS,
 ) -> tuple[float, list[Check], list[Speed]]:
     """The copy's bytes/s, and every trial checked and timed, a bank's slots used once in turn."""
-    copy = copy_rate(device, 2 * COPY_BYTES, 1)
+    copy = copy_rate(device, 2 * copy_bytes, 1, repeats)
     checks, speeds = [], []
     for trial in trials:
         for question in trial.questions():
             moved = question.traffic.total_bytes
             calls = max(2, bank_bytes // moved)
             slots, copies = spread_slots(trial, calls)
-            timing = device.time(question.request, slots, copies, REPEATS)
+            timing = device.time(question.request, slots, copies, repeats)
             checks += [_check(trial, question, y) for y in (timing.first, timing.last)]
             rates = [moved / seconds for seconds in timing.seconds]
             rate = statistics.median(rates)
-            like = copy_rate(device, moved, calls)
+            like = copy_rate(device, moved, calls, repeats)
             speeds.append(
                 Speed(
                     trial.label,

@@ -44,6 +44,12 @@ class Variant:
         output_type = TYPES[request.output_dtype]
         return cls(request.kernel, request.template, types, output_type, width)
 
+    def __str__(self) -> str:
+        values = " ".join(f"{key} {value:d}" for key, value in self.template)
+        inputs = zip(self.kernel.inputs, self.input_types, strict=True)
+        types = " ".join(f"{name} {type_}" for name, type_ in inputs)
+        return f"{self.kernel.name}: {values}, {types} to {self.output_type}"
+
     @property
     def name(self) -> str:
         """Of the function: the same for the same source."""
