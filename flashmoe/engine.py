@@ -33,6 +33,7 @@ from flashmoe.model.load import (
     stream_experts,
     use_native_linears,
 )
+from flashmoe.model.routers import find_forecasters
 from flashmoe.repacking.execute import Progress
 from flashmoe.store.manifest import Manifest
 from flashmoe.store.reader import Store
@@ -64,6 +65,7 @@ class FlashMoEModel:
         dtype: str = "auto",
         reader: str = "auto",
         page_cache: bool | None = None,
+        forecast: bool = True,
     ) -> None:
         """Load an open store; see `from_pretrained` for the options."""
         check_options(
@@ -148,6 +150,8 @@ class FlashMoEModel:
             stats=self._stats,
             widen=widen_records,
         )
+        if forecast:
+            self._streaming.foresee(find_forecasters(skeleton, config))
 
     @classmethod
     def from_pretrained(
@@ -161,6 +165,7 @@ class FlashMoEModel:
         dtype: str = "auto",
         reader: str = "auto",
         page_cache: bool | None = None,
+        forecast: bool = True,
         bits: int | None = None,
         group_size: int | None = None,
         resident_bits: int | None = None,
@@ -185,6 +190,8 @@ class FlashMoEModel:
             was built, otherwise by Python threads.
         page_cache: whether records are read through the operating system's page cache; by
             default unless all of them do not fit into the memory that is left beside the process.
+        forecast: whether to guess each layer's experts from the layer before and read them ahead,
+            where that turns out to pay.
 
         Raises SourceError, StoreError, OptionError, or MemoryBudgetError naming the least that
         would fit.
@@ -215,6 +222,7 @@ class FlashMoEModel:
             dtype=dtype,
             reader=reader,
             page_cache=page_cache,
+            forecast=forecast,
         )
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -232,11 +233,9 @@ def foresee(model: FlashMoEModel, guesses: Any) -> None:
     """Give every layer but the last a guess at the next one's experts."""
     layers = model._streaming.layers  # type: ignore[union-attr]
     trial = Trial()
-    for i, layer in enumerate(layers[:-1]):
-        bank = layers[i + 1]._bank
-        layer.foresight = Foresight(
-            lambda x, bank=bank: guesses(x, bank), bank, trial, leads=i == 0
-        )
+    for layer, after in pairwise(layers):
+        bank = after._bank
+        layer.foresight = Foresight(lambda x, bank=bank: guesses(x, bank), bank, trial)
 
 
 def decoded(store: Store, kernel: str, cache: str, guesses: Any = None) -> tuple[list[Any], Any]:

@@ -82,6 +82,13 @@ PageCache = Annotated[
         show_default=False,
     ),
 ]
+Forecast = Annotated[
+    bool,
+    typer.Option(
+        "--forecast/--no-forecast",
+        help="Read ahead what the next layer may need, where that turns out to pay.",
+    ),
+]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Also print hits, misses and bytes read.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON for programs.")]
 
@@ -95,6 +102,7 @@ def load(
     kernel: str,
     reader: str = "auto",
     page_cache: bool | None = None,
+    forecast: bool = True,
     quiet: bool = False,
 ) -> FlashMoEModel:
     """Load a model, with a progress bar while it is repacked on first use."""
@@ -120,4 +128,5 @@ def load(
         kernel=kernel,
         reader=reader,
         page_cache=page_cache,
+        forecast=forecast,
     )

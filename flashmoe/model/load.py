@@ -25,6 +25,7 @@ from flashmoe.store.layout import LayerLayout, RecordLayout
 from flashmoe.store.reader import Store
 from flashmoe.streaming.bank import LayerBank
 from flashmoe.streaming.experts import StreamedExperts
+from flashmoe.streaming.forecast import Foresight, Guess, Trial
 from flashmoe.streaming.sweep import Staging, Sweep
 from flashmoe.streaming.telemetry import Stats
 
@@ -37,6 +38,13 @@ class StreamingModel:
     layers: tuple[StreamedExperts, ...]
     banks: tuple[LayerBank, ...]
     staging: tuple[Staging, ...]
+
+    def foresee(self, guesses: Sequence[Guess | None]) -> None:
+        """Read ahead what the layers' guesses say, where a bank has room for that."""
+        trial = Trial()
+        for layer, guess, bank in zip(self.layers, guesses, self.banks[1:], strict=False):
+            if guess is not None and layer.reads_apart and bank.reads_ahead:
+                layer.foresight = Foresight(guess, bank, trial)
 
     def close(self) -> None:
         """Give the banks' memory back; the module can no longer be called."""

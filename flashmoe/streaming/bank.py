@@ -128,6 +128,11 @@ class LayerBank:
             lost=self._lose,
         )
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether `read_ahead` does anything."""
+        return not self.memory.staged and self.memory.n_slots > self.group
+
     def read_ahead(self, experts: Sequence[int]) -> None:
         """Start reading experts that may be needed next, likeliest first, when nothing demanded
         waits to be read.
@@ -136,7 +141,7 @@ class LayerBank:
         is not among these is cancelled. Does nothing where one token's needs fill the bank, and
         where records have to be widened as they land.
         """
-        if self._closed or self.memory.staged:
+        if self._closed or not self.reads_ahead:
             return
         self._harvest()
         self._lose(self._ahead.drop(keep=experts))

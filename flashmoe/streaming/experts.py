@@ -61,12 +61,17 @@ class StreamedExperts(nn.Module):
             if self._sweep is not None:
                 return self._sweep(x, experts)
             return self._run_grouped(x, experts, distinct)
-        if one_token and self._bank.record_bytes >= APART_BYTES:
+        if one_token and self.reads_apart:
             y = self._run_overlapped(x, experts, guess)
         else:
             y = self._run(x, experts, distinct)
         self._bank.uses(y)
         return y
+
+    @property
+    def reads_apart(self) -> bool:
+        """Whether records are so large that computing and reading overlap."""
+        return self._bank.record_bytes >= APART_BYTES
 
     def close(self) -> None:
         """Give the bank's memory back; calls raise FlashMoEError afterwards."""

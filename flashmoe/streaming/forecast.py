@@ -65,6 +65,12 @@ class Trial:
         self._last: float | None = None
         self._times: dict[bool, list[float]] = {True: [], False: []}
         self._left = 0
+        self._claimed = False
+
+    def claim(self) -> bool:
+        """Whether the caller is the first, who has to call `next_token`."""
+        claimed, self._claimed = self._claimed, True
+        return not claimed
 
     def next_token(self) -> None:
         """Note that a token begins; sets `on` for it."""
@@ -89,13 +95,14 @@ class Trial:
 
 
 class Foresight:
-    """A layer's guesses about the next one, `bank`; `leads` in the first layer of the model."""
+    """A layer's guesses about the next one, whose bank is `bank`."""
 
-    def __init__(self, guess: Guess, bank: LayerBank, trial: Trial, *, leads: bool) -> None:
+    def __init__(self, guess: Guess, bank: LayerBank, trial: Trial) -> None:
         self._guess = guess
         self._bank = bank
         self._trial = trial
-        self._leads = leads
+        # The first of a model's layers that guesses sees every token begin.
+        self._leads = trial.claim()
         self._width = Width(bank.group)
 
     def guess(self, x: mx.array) -> mx.array | None:
