@@ -37,6 +37,7 @@ from flashmoe.repacking.execute import Progress
 from flashmoe.store.manifest import Manifest
 from flashmoe.store.reader import Store
 from flashmoe.streaming import budget
+from flashmoe.streaming.policy.select import resolve_policy
 from flashmoe.streaming.telemetry import Stats
 from flashmoe.units import parse_size
 
@@ -65,6 +66,7 @@ class FlashMoEModel:
         dtype: str = "auto",
         reader: str = "auto",
         page_cache: bool | None = None,
+        policy: str = "auto",
     ) -> None:
         """Load an open store; see `from_pretrained` for the options."""
         check_options(
@@ -75,6 +77,7 @@ class FlashMoEModel:
             dtype=dtype,
             reader=reader,
             page_cache=page_cache,
+            policy=policy,
         )
         chosen = resolve_kernel(kernel)
         config = read_config(store.path)
@@ -137,6 +140,7 @@ class FlashMoEModel:
             kernel=select_kernel(chosen),
             stats=self._stats,
             widen=widen_records,
+            policy=policy,
         )
 
     @classmethod
@@ -151,6 +155,7 @@ class FlashMoEModel:
         dtype: str = "auto",
         reader: str = "auto",
         page_cache: bool | None = None,
+        policy: str = "auto",
         bits: int | None = None,
         group_size: int | None = None,
         resident_bits: int | None = None,
@@ -175,6 +180,8 @@ class FlashMoEModel:
             was built, otherwise by Python threads.
         page_cache: whether records are read through the operating system's page cache; by
             default unless all of them do not fit into the memory that is left beside the process.
+        policy: which expert gives way to one that is read: "lru", "clock", "slru", "s3fifo", "lfu",
+            or "auto" for the one that missed least on held-out prompts, "lru".
 
         Raises SourceError, StoreError, OptionError, or MemoryBudgetError naming the least that
         would fit.
@@ -187,6 +194,7 @@ class FlashMoEModel:
             dtype=dtype,
             reader=reader,
             page_cache=page_cache,
+            policy=policy,
         )
         store = open_model(
             path_or_id.path if isinstance(path_or_id, Store) else path_or_id,
@@ -205,6 +213,7 @@ class FlashMoEModel:
             dtype=dtype,
             reader=reader,
             page_cache=page_cache,
+            policy=policy,
         )
 
     @property
@@ -303,6 +312,7 @@ def check_options(
     dtype: str = "auto",
     reader: str = "auto",
     page_cache: bool | None = None,
+    policy: str = "auto",
 ) -> None:
     """Raise OptionError for a value that is wrong for every model, before one is fetched."""
     if memory is not None:
@@ -311,6 +321,7 @@ def check_options(
         parse_size(cache)
     resolve_kernel(kernel)
     resolve_reader(reader, page_cache)
+    resolve_policy(policy)
     if context is not None and context < 1:
         raise OptionError(f"context must be at least 1 token, not {context}")
     if dtype not in ("auto", "float32", "stored"):

@@ -43,6 +43,7 @@ def chat(
     kernel: options.Kernel = "auto",
     reader: options.Reader = "auto",
     page_cache: options.PageCache = None,
+    policy: options.Policy = "auto",
     stats: options.ShowStats = False,
 ) -> None:
     """Chat with a model; type /help inside for commands.
@@ -65,6 +66,7 @@ def chat(
         kernel=kernel,
         reader=reader,
         page_cache=page_cache,
+        policy=policy,
     )
     with loaded:
         manifest = loaded.store.manifest

@@ -38,6 +38,7 @@ def generate(
     kernel: options.Kernel = "auto",
     reader: options.Reader = "auto",
     page_cache: options.PageCache = None,
+    policy: options.Policy = "auto",
     stats: options.ShowStats = False,
     json: options.Json = False,
 ) -> None:
@@ -61,6 +62,7 @@ def generate(
         kernel=kernel,
         reader=reader,
         page_cache=page_cache,
+        policy=policy,
         quiet=json,
     )
     pieces = []

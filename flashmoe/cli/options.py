@@ -82,6 +82,13 @@ PageCache = Annotated[
         show_default=False,
     ),
 ]
+Policy = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Which expert gives way in the bank: auto, lru, clock, slru, s3fifo or lfu.",
+    ),
+]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Also print hits, misses and bytes read.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON for programs.")]
 
@@ -95,6 +102,7 @@ def load(
     kernel: str,
     reader: str = "auto",
     page_cache: bool | None = None,
+    policy: str = "auto",
     quiet: bool = False,
 ) -> FlashMoEModel:
     """Load a model, with a progress bar while it is repacked on first use."""
@@ -109,6 +117,7 @@ def load(
         context=context,
         reader=reader,
         page_cache=page_cache,
+        policy=policy,
     )
     with byte_progress("repacking", quiet) as progress:
         store = open_model(model, progress=progress)
@@ -120,4 +129,5 @@ def load(
         kernel=kernel,
         reader=reader,
         page_cache=page_cache,
+        policy=policy,
     )

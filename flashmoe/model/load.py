@@ -100,6 +100,7 @@ def stream_experts(
     kernel: ExpertKernel,
     stats: Stats,
     widen: bool,
+    policy: str = "auto",
 ) -> StreamingModel:
     """Replace every routed-expert module of `model` with one over a bank of its own."""
     modules = expert_modules(model)
@@ -108,7 +109,7 @@ def stream_experts(
     for layer, n_slots in zip(store.manifest.layers, slots, strict=True):
         layout = layer.layout
         module = modules[layout.path]
-        bank = LayerBank(store, layout, reader, stats, n_slots=n_slots, widen=widen)
+        bank = LayerBank(store, layout, reader, stats, n_slots=n_slots, widen=widen, policy=policy)
         forward = kernel(bank.memory.weights, _spec(layout, module))
         streamed[layout.path] = StreamedExperts(bank, forward, stats, extra_children(module))
         banks.append(bank)
