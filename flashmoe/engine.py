@@ -7,12 +7,14 @@ further down.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy.typing as npt
 
 from flashmoe import machine
 from flashmoe.checkpoint.architecture import probe_routing
@@ -181,7 +183,7 @@ class FlashMoEModel:
         page_cache: whether records are read through the operating system's page cache; by
             default unless all of them do not fit into the memory that is left beside the process.
         policy: which expert gives way to one that is read: "lru", "clock", "slru", "s3fifo", "lfu",
-            or "auto" for the one that missed least on held-out prompts, "lru".
+            or "auto", which is "lfu": it missed least on held-out prompts.
 
         Raises SourceError, StoreError, OptionError, or MemoryBudgetError naming the least that
         would fit.
@@ -219,9 +221,7 @@ class FlashMoEModel:
     @property
     def model(self) -> nn.Module:
         """The mlx-lm module; raises FlashMoEError after `close`."""
-        if self._streaming is None:
-            raise FlashMoEError("the model is closed; load it again with from_pretrained")
-        return self._streaming.module
+        return self._running().module
 
     @property
     def bank_bytes(self) -> int:
@@ -277,6 +277,15 @@ class FlashMoEModel:
         """The totals themselves, which go on counting."""
         return self._stats
 
+    def observe_routing(self, observer: Callable[[int, npt.NDArray[Any]], None] | None) -> None:
+        """Have `observer(layer, experts)` called for every call of an MoE layer, None for nobody.
+
+        `layer` counts MoE layers from 0, `experts` [..., top_k] is what the router chose.
+        Raises FlashMoEError after `close`.
+        """
+        for number, layer in enumerate(self._running().layers):
+            layer.observer = None if observer is None else partial(observer, number)
+
     def check_integrity(self) -> None:
         """Raise FlashMoEError when a bank's bookkeeping contradicts itself."""
         for bank in self._streaming.banks if self._streaming else ():
@@ -290,6 +299,11 @@ class FlashMoEModel:
             self._streaming.close()
         self._reader = None
         self._streaming = None
+
+    def _running(self) -> StreamingModel:
+        if self._streaming is None:
+            raise FlashMoEError("the model is closed; load it again with from_pretrained")
+        return self._streaming
 
     def __enter__(self) -> FlashMoEModel:
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +21,7 @@ class StreamedExperts(nn.Module):
 
     `x` [..., d_in], `indices` [..., k] -> [..., k, d_out] in x's dtype. `children` are the
     resident parts of the replaced module (activation, norms), kept under their names.
+    `observer`, when set, is called with each call's routed experts [..., k].
     """
 
     def __init__(
@@ -36,12 +37,15 @@ class StreamedExperts(nn.Module):
         self._bank = bank
         self._forward: ExpertForward | None = forward
         self._stats = stats
+        self.observer: Callable[[npt.NDArray[Any]], None] | None = None
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         started = time.perf_counter()
         # The readback: once these are here, everything this layer's routing depends on has run.
         experts = np.array(indices)
         self._stats.seconds.computing += time.perf_counter() - started
+        if self.observer is not None:
+            self.observer(experts)
         distinct = np.unique(experts)
         if len(distinct) <= self._bank.group:
             y = self._run(x, experts, distinct)

@@ -10,7 +10,7 @@ from flashmoe.streaming.policy.lru import LRU
 from flashmoe.streaming.policy.s3fifo import S3FIFO
 from flashmoe.streaming.policy.slru import SLRU
 
-AUTO = "lru"
+AUTO = "lfu"
 POLICY_NAMES = ("lru", "clock", "slru", "s3fifo", "lfu")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from flashmoe.streaming.policy.contract import Policy, first_unpinned, nothing_to_evict
 
-PROTECTED_SHARE = 0.8
+PROTECTED_SHARE = 0.9
 
 
 class SLRU(Policy):
