@@ -159,7 +159,7 @@ def test_cache_report(demo_trace: Path) -> None:
     assert half.by_need["lru"] >= half.hit_rates["lru"]
     assert {*full.hit_rates.values(), *full.by_need.values()} == {full.belady}
     assert half.times_belady == pytest.approx((1 - half.hit_rates[AUTO]) / (1 - half.belady))
-    assert calls == [(done, 18) for done in range(19)]
+    assert calls == [(done, 24) for done in range(25)]
 
 
 def test_cache_of_decode_only(demo_trace: Path) -> None:

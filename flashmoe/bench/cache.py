@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from flashmoe.bench.belady import belady_hits
 from flashmoe.bench.replay import layer_steps, replay
-from flashmoe.bench.trace_file import Trace, TracedLayer, read_trace
+from flashmoe.bench.trace_file import TracedLayer, read_trace
 from flashmoe.errors import OptionError
 from flashmoe.streaming.budget import LayerDemand
 from flashmoe.streaming.need import (
@@ -104,7 +105,7 @@ def bench_cache(
     """Replay a trace over all policies and bank sizes, banks empty at the start.
 
     `need_from` is the trace that the layers' needs are measured in, by default the same one.
-    `progress(done, total)` counts bank sizes and layers. Raises SourceError for a file that is
+    `progress(done, total)` counts layers and bank sizes. Raises SourceError for a file that is
     no trace, and OptionError for a share outside 0 to 1, a `need_from` of another model, or a
     trace in which `decode_only` leaves nothing.
     """
@@ -115,14 +116,22 @@ def bench_cache(
     measured = trace if need_from is None else read_trace(need_from)
     if measured.layers != trace.layers:
         raise OptionError(f"{need_from} and {path} are traces of different models")
-    sizes = _sizes(trace.layers, shares, _curves(measured, decode_only))
+    shapes = _shapes(trace.layers, shares)
+    total = len(trace.layers) * (1 + len(shapes))
+    done = itertools.count()
+    curves: dict[str, list[HitCurve]] = {name: [] for name in NEEDS}
+    for i, layer in enumerate(trace.layers):
+        progress(next(done), total)
+        steps = layer_steps(measured, i, decode_only=decode_only)
+        curves["lru"].append(lru_hit_curve(steps, layer.n_experts))
+        curves["lfu"].append(lfu_hit_curve(steps, layer.n_experts))
+    sizes = [_size(trace.layers, curves, share, slots) for slots, share in shapes.items()]
     accesses = 0
-    total = len(trace.layers) * len(sizes)
     for i in range(len(trace.layers)):
         steps = layer_steps(trace, i, decode_only=decode_only)
         accesses += sum(map(len, steps))
-        for number, size in enumerate(sizes):
-            progress(i * len(sizes) + number, total)
+        for size in sizes:
+            progress(next(done), total)
             size.count(i, steps)
     progress(total, total)
     if accesses == 0:
@@ -138,28 +147,25 @@ def bench_cache(
     )
 
 
-def _curves(trace: Trace, decode_only: bool) -> dict[str, list[HitCurve]]:
-    """Every layer's hits by number of slots, for each policy of NEEDS."""
-    curves: dict[str, list[HitCurve]] = {name: [] for name in NEEDS}
-    for i, layer in enumerate(trace.layers):
-        steps = layer_steps(trace, i, decode_only=decode_only)
-        curves["lru"].append(lru_hit_curve(steps, layer.n_experts))
-        curves["lfu"].append(lfu_hit_curve(steps, layer.n_experts))
-    return curves
-
-
-def _sizes(
-    layers: Sequence[TracedLayer], shares: Sequence[float], curves: dict[str, list[HitCurve]]
-) -> list[_Size]:
-    """One token's needs and each share, without repetitions."""
-    distinct: dict[tuple[int, ...], float | None] = {tuple(x.top_k for x in layers): None}
+def _shapes(
+    layers: Sequence[TracedLayer], shares: Sequence[float]
+) -> dict[tuple[int, ...], float | None]:
+    """Slots per layer of one token's needs (None) and of each share, without repetitions."""
+    shapes: dict[tuple[int, ...], float | None] = {tuple(x.top_k for x in layers): None}
     for share in sorted(shares):
         slots = tuple(max(x.top_k, round(share * x.n_experts)) for x in layers)
-        distinct.setdefault(slots, share)
+        shapes.setdefault(slots, share)
+    return shapes
+
+
+def _size(
+    layers: Sequence[TracedLayer],
+    curves: dict[str, list[HitCurve]],
+    share: float | None,
+    slots: tuple[int, ...],
+) -> _Size:
+    """A bank of these slots, and the same memory shared out by need."""
     demands = [LayerDemand(x.record_bytes, x.top_k, x.n_experts) for x in layers]
-    sizes = []
-    for slots, of_all in distinct.items():
-        bank_bytes = sum(n * x.record_bytes for n, x in zip(slots, layers, strict=True))
-        by_need = {name: share_by_need(curves[name], demands, bank_bytes) for name in NEEDS}
-        sizes.append(_Size(of_all, slots, bank_bytes, by_need))
-    return sizes
+    bank_bytes = sum(n * x.record_bytes for n, x in zip(slots, layers, strict=True))
+    by_need = {name: share_by_need(curves[name], demands, bank_bytes) for name in NEEDS}
+    return _Size(share, slots, bank_bytes, by_need)
