@@ -17,22 +17,19 @@ def belady_hits(steps: Sequence[Step], capacity: int) -> int:
     longest step's length.
     """
     next_uses = _next_uses(steps)
-    # Each resident expert's next use; experts of the running step count as used now, which puts
-    # them last in the queue of victims.
-    due: dict[int, int] = {}
+    resident: set[int] = set()
+    # (-next use, expert), noted at every use. What an expert was noted with before lies in the
+    # past, and what the running step needs is noted with now: neither comes up while there is a
+    # resident expert that the step does not need.
     farthest: list[tuple[int, int]] = []
     hits = 0
     for now, step in enumerate(steps):
-        missing = sum(expert not in due for expert in step)
+        missing = sum(expert not in resident for expert in step)
         hits += len(step) - missing
-        for _ in range(len(due) + missing - capacity):
-            while True:
-                when, expert = heappop(farthest)
-                if due.get(expert) == -when:
-                    break
-            del due[expert]
+        for _ in range(len(resident) + missing - capacity):
+            resident.remove(heappop(farthest)[1])
+        resident.update(step)
         for expert, when in zip(step, next_uses[now], strict=True):
-            due[expert] = when
             heappush(farthest, (-when, expert))
     return hits
 
