@@ -7,12 +7,14 @@ further down.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy.typing as npt
 
 from flashmoe import machine
 from flashmoe.checkpoint.architecture import probe_routing
@@ -38,6 +40,7 @@ from flashmoe.repacking.execute import Progress
 from flashmoe.store.manifest import Manifest
 from flashmoe.store.reader import Store
 from flashmoe.streaming import budget
+from flashmoe.streaming.policy.select import resolve_policy
 from flashmoe.streaming.telemetry import Stats
 from flashmoe.units import parse_size
 
@@ -66,6 +69,7 @@ class FlashMoEModel:
         reader: str = "auto",
         page_cache: bool | None = None,
         forecast: bool = True,
+        policy: str = "auto",
     ) -> None:
         """Load an open store; see `from_pretrained` for the options."""
         check_options(
@@ -76,6 +80,7 @@ class FlashMoEModel:
             dtype=dtype,
             reader=reader,
             page_cache=page_cache,
+            policy=policy,
         )
         chosen = resolve_kernel(kernel)
         config = read_config(store.path)
@@ -149,6 +154,7 @@ class FlashMoEModel:
             kernel=select_kernel(chosen, cache_folder()),
             stats=self._stats,
             widen=widen_records,
+            policy=policy,
         )
         if forecast:
             self._streaming.foresee(find_forecasters(skeleton, config))
@@ -166,6 +172,7 @@ class FlashMoEModel:
         reader: str = "auto",
         page_cache: bool | None = None,
         forecast: bool = True,
+        policy: str = "auto",
         bits: int | None = None,
         group_size: int | None = None,
         resident_bits: int | None = None,
@@ -192,6 +199,8 @@ class FlashMoEModel:
             default unless all of them do not fit into the memory that is left beside the process.
         forecast: whether to guess each layer's experts from the layer before and read them ahead,
             where that turns out to pay.
+        policy: which expert gives way to one that is read: "lru", "clock", "slru", "s3fifo", "lfu",
+            or "auto", which is "lfu": it missed least on held-out prompts.
 
         Raises SourceError, StoreError, OptionError, or MemoryBudgetError naming the least that
         would fit.
@@ -204,6 +213,7 @@ class FlashMoEModel:
             dtype=dtype,
             reader=reader,
             page_cache=page_cache,
+            policy=policy,
         )
         store = open_model(
             path_or_id.path if isinstance(path_or_id, Store) else path_or_id,
@@ -223,14 +233,13 @@ class FlashMoEModel:
             reader=reader,
             page_cache=page_cache,
             forecast=forecast,
+            policy=policy,
         )
 
     @property
     def model(self) -> nn.Module:
         """The mlx-lm module; raises FlashMoEError after `close`."""
-        if self._streaming is None:
-            raise FlashMoEError("the model is closed; load it again with from_pretrained")
-        return self._streaming.module
+        return self._running().module
 
     @property
     def bank_bytes(self) -> int:
@@ -290,6 +299,15 @@ class FlashMoEModel:
         """The totals themselves, which go on counting."""
         return self._stats
 
+    def observe_routing(self, observer: Callable[[int, npt.NDArray[Any]], None] | None) -> None:
+        """Have `observer(layer, experts)` called for every call of an MoE layer, None for nobody.
+
+        `layer` counts MoE layers from 0, `experts` [..., top_k] is what the router chose.
+        Raises FlashMoEError after `close`.
+        """
+        for number, layer in enumerate(self._running().layers):
+            layer.observer = None if observer is None else partial(observer, number)
+
     def check_integrity(self) -> None:
         """Raise FlashMoEError when a bank's bookkeeping contradicts itself."""
         for bank in self._streaming.banks if self._streaming else ():
@@ -303,6 +321,11 @@ class FlashMoEModel:
             self._streaming.close()
         self._reader = None
         self._streaming = None
+
+    def _running(self) -> StreamingModel:
+        if self._streaming is None:
+            raise FlashMoEError("the model is closed; load it again with from_pretrained")
+        return self._streaming
 
     def __enter__(self) -> FlashMoEModel:
         return self
@@ -325,6 +348,7 @@ def check_options(
     dtype: str = "auto",
     reader: str = "auto",
     page_cache: bool | None = None,
+    policy: str = "auto",
 ) -> None:
     """Raise OptionError for a value that is wrong for every model, before one is fetched."""
     if memory is not None:
@@ -333,6 +357,7 @@ def check_options(
         parse_size(cache)
     resolve_kernel(kernel)
     resolve_reader(reader, page_cache)
+    resolve_policy(policy)
     if context is not None and context < 1:
         raise OptionError(f"context must be at least 1 token, not {context}")
     if dtype not in ("auto", "float32", "stored"):

@@ -1,7 +1,7 @@
 """Every error this package raises on purpose.
 
 FlashMoEError
-├── SourceError         a checkpoint cannot be found, read or understood
+├── SourceError         a checkpoint or trace cannot be found, read or understood
 ├── StoreError          a store is missing, incomplete, damaged or of another version
 ├── ReadError           bytes of an open file could not be read (carries path, offset, errno)
 │   └── ReadCancelled   a read was dropped before it began
@@ -18,7 +18,7 @@ class FlashMoEError(Exception):
 
 
 class SourceError(FlashMoEError):
-    """A checkpoint cannot be found, read or understood."""
+    """A checkpoint or trace cannot be found, read or understood."""
 
 
 class StoreError(FlashMoEError):

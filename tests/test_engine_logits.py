@@ -10,6 +10,7 @@ from mlx_lm.utils import load_model
 from flashmoe import FlashMoEModel
 from flashmoe.demo import DEMO_FOLDER
 from flashmoe.kernels.select import auto_kernel
+from flashmoe.streaming.policy.select import POLICY_NAMES
 
 
 def logits(model, ids):
@@ -62,6 +63,19 @@ def test_the_stored_dtype(demo, demo_store):
         narrow_bytes = model.bank_bytes
     with FlashMoEModel.from_pretrained(demo_store, kernel="reference") as model:
         assert narrow_bytes < model.bank_bytes
+
+
+def test_logits_are_the_same_with_any_policy(demo_store):
+    prompts = [mx.array([[7, 300, 12, 900, 41]]), *(mx.array([[t]]) for t in range(50, 90))]
+    outputs, misses = [], set()
+    for policy in POLICY_NAMES:
+        with FlashMoEModel.from_pretrained(demo_store, cache="4MB", policy=policy) as model:
+            outputs.append(np.stack([np.array(model.model(prompt)[0, -1]) for prompt in prompts]))
+            misses.add(model.stats().misses)
+            model.check_integrity()
+    assert len(misses) > 1
+    for output in outputs[1:]:
+        np.testing.assert_array_equal(output, outputs[0])
 
 
 @pytest.mark.parametrize("backwards", [False, True])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashmoe.cli import options
+from flashmoe.cli.bench_cache import cache
 from flashmoe.units import format_size
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Measure this machine and this engine.", add_completion=False, rich_markup_mode=None
 )
+
+app.command()(cache)
 
 
 @app.callback()

@@ -44,6 +44,7 @@ def chat(
     reader: options.Reader = "auto",
     page_cache: options.PageCache = None,
     forecast: options.Forecast = True,
+    policy: options.Policy = "auto",
     stats: options.ShowStats = False,
 ) -> None:
     """Chat with a model; type /help inside for commands.
@@ -67,6 +68,7 @@ def chat(
         reader=reader,
         page_cache=page_cache,
         forecast=forecast,
+        policy=policy,
     )
     with loaded:
         manifest = loaded.store.manifest

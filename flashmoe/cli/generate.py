@@ -39,6 +39,7 @@ def generate(
     reader: options.Reader = "auto",
     page_cache: options.PageCache = None,
     forecast: options.Forecast = True,
+    policy: options.Policy = "auto",
     stats: options.ShowStats = False,
     json: options.Json = False,
 ) -> None:
@@ -63,6 +64,7 @@ def generate(
         reader=reader,
         page_cache=page_cache,
         forecast=forecast,
+        policy=policy,
         quiet=json,
     )
     pieces = []

@@ -14,6 +14,7 @@ from flashmoe.cli.chat import chat
 from flashmoe.cli.generate import generate
 from flashmoe.cli.info import info
 from flashmoe.cli.stores import inspect, repack, verify
+from flashmoe.cli.trace import trace
 from flashmoe.errors import FlashMoEError, OptionError
 
 INTERRUPTED = 130
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, generate, repack, inspect, verify, info):
+for command in (chat, generate, repack, inspect, verify, trace, info):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 

@@ -89,6 +89,13 @@ Forecast = Annotated[
         help="Read ahead what the next layer may need, where that turns out to pay.",
     ),
 ]
+Policy = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Which expert gives way in the bank: auto, lru, clock, slru, s3fifo or lfu.",
+    ),
+]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Also print hits, misses and bytes read.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON for programs.")]
 
@@ -103,6 +110,7 @@ def load(
     reader: str = "auto",
     page_cache: bool | None = None,
     forecast: bool = True,
+    policy: str = "auto",
     quiet: bool = False,
 ) -> FlashMoEModel:
     """Load a model, with a progress bar while it is repacked on first use."""
@@ -117,6 +125,7 @@ def load(
         context=context,
         reader=reader,
         page_cache=page_cache,
+        policy=policy,
     )
     with byte_progress("repacking", quiet) as progress:
         store = open_model(model, progress=progress)
@@ -129,4 +138,5 @@ def load(
         reader=reader,
         page_cache=page_cache,
         forecast=forecast,
+        policy=policy,
     )

@@ -113,6 +113,7 @@ def stream_experts(
     kernel: ExpertKernel,
     stats: Stats,
     widen: bool,
+    policy: str = "auto",
 ) -> StreamingModel:
     """Replace every routed-expert module of `model` with one over a bank of its own.
 
@@ -126,7 +127,7 @@ def stream_experts(
     for layer, n_slots in zip(store.manifest.layers, slots, strict=True):
         layout = layer.layout
         module = modules[layout.path]
-        bank = LayerBank(store, layout, reader, stats, n_slots=n_slots, widen=widen)
+        bank = LayerBank(store, layout, reader, stats, n_slots=n_slots, widen=widen, policy=policy)
         spec = _spec(layout, module)
         forward = kernel(bank.memory.weights, spec)
         sweep = None

@@ -20,7 +20,7 @@ from flashmoe.store.layout import LayerLayout
 from flashmoe.store.reader import Store
 from flashmoe.streaming.ahead import ReadAhead
 from flashmoe.streaming.arrivals import Arrival, Arrivals
-from flashmoe.streaming.policy import LRU
+from flashmoe.streaming.policy.select import make_policy
 from flashmoe.streaming.slots import SlotMemory
 from flashmoe.streaming.telemetry import Stats
 
@@ -43,6 +43,7 @@ class LayerBank:
         *,
         n_slots: int,
         widen: bool,
+        policy: str = "auto",
     ) -> None:
         self.group = layer.top_k
         self.record_bytes = layer.record.stride
@@ -53,7 +54,7 @@ class LayerBank:
         self._layer = layer
         self._reader = reader
         self._stats = stats
-        self._policy = LRU()
+        self._policy = make_policy(policy, n_slots)
         self._slot_of = np.full(layer.n_experts, ABSENT, np.int32)
         self._free = list(range(n_slots - 1, -1, -1))
         self._pending: list[mx.array] = []

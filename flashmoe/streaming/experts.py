@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -27,6 +27,7 @@ class StreamedExperts(nn.Module):
     `x` [..., d_in], `indices` [..., k] -> [..., k, d_out] in x's dtype. `children` are the
     resident parts of the replaced module (activation, norms), kept under their names. What
     needs more experts than one token does goes through `sweep`, or without one through the bank.
+    `observer`, when set, is called with each call's routed experts [..., k].
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class StreamedExperts(nn.Module):
         self._sweep = sweep
         # Set where the next layer's experts can be guessed.
         self.foresight: Foresight | None = None
+        self.observer: Callable[[npt.NDArray[Any]], None] | None = None
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         one_token = indices.size == indices.shape[-1]
@@ -56,6 +58,8 @@ class StreamedExperts(nn.Module):
             mx.eval(indices, guess)
         experts = np.array(indices)
         self._stats.seconds.computing += time.perf_counter() - started
+        if self.observer is not None:
+            self.observer(experts)
         distinct = np.unique(experts)
         if len(distinct) > self._bank.group:
             if self._sweep is not None:

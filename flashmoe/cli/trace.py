@@ -1,0 +1,96 @@
+"""`flashmoe trace`: which experts a model's tokens are routed to, into a file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flashmoe.cli import options
+from flashmoe.errors import PromptError
+from flashmoe.units import format_count, format_size
+
+
+def trace(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A store, a checkpoint folder or a Hub id.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prompts, one per line. Default: a few questions for the demo model.",
+            show_default=False,
+        ),
+    ] = None,
+    max_tokens: options.MaxTokens = 128,
+    temp: options.Temperature = 0.0,
+    seed: Annotated[int, typer.Option(help="Makes sampling repeatable.")] = 0,
+    memory: options.Memory = None,
+    cache: options.Cache = None,
+    context: options.Context = None,
+    no_template: options.NoTemplate = False,
+    kernel: options.Kernel = "auto",
+    reader: options.Reader = "auto",
+    page_cache: options.PageCache = None,
+    json: options.Json = False,
+) -> None:
+    """Answer prompts and record the routing, for flashmoe bench cache.
+
+    Every prompt is a conversation of its own. Example:
+    flashmoe trace demo.flashmoe demo.trace --prompts questions.txt
+    """
+    from flashmoe.cli.console import late_progress, print_json
+    from flashmoe.cli.console import out as console
+    from flashmoe.generation.session import Sampling, check_max_tokens
+
+    check_max_tokens(max_tokens)
+    sampling = Sampling(temp, seed=seed)
+    texts = None if prompts is None else _read_prompts(prompts)
+    loaded = options.load(
+        model,
+        memory=memory,
+        cache=cache,
+        context=context,
+        kernel=kernel,
+        reader=reader,
+        page_cache=page_cache,
+        quiet=json,
+    )
+    from flashmoe.bench.decode import PROMPTS
+    from flashmoe.bench.trace import record_routing
+
+    with loaded, late_progress("answering", quiet=json) as progress:
+        summary = record_routing(
+            loaded,
+            PROMPTS if texts is None else texts,
+            out,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            template=not no_template,
+            progress=progress,
+        )
+    if json:
+        print_json(asdict(summary))
+        return
+    console.print(
+        f"{summary.trace}: {summary.prompts} prompts, {summary.tokens} tokens "
+        f"({summary.prompt_tokens} of prompts), {format_count(summary.accesses)} routed experts "
+        f"in {summary.layers} layers, {format_size(summary.file_bytes)}",
+        markup=False,
+    )
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not blank."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise PromptError(f"{path} is not valid UTF-8") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise PromptError(f"{path} has no prompts; write one per line")
+    return prompts

@@ -1,0 +1,1 @@
+"""Which resident expert gives way when a slot is needed. Knows expert numbers, no memory."""
