@@ -48,6 +48,12 @@ class StreamedExperts(nn.Module):
         self._sweep = sweep
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        y = self._call(x, indices)
+        if self._stats.after_layer is not None:
+            self._stats.after_layer()
+        return y
+
+    def _call(self, x: mx.array, indices: mx.array) -> mx.array:
         started = time.perf_counter()
         # The readback: once these are here, everything this layer's routing depends on has run.
         experts = np.array(indices)
