@@ -26,7 +26,7 @@ from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
 from flashmoe.io.reader import Reader
 from flashmoe.io.select import choose_page_cache, open_reader, resolve_reader
-from flashmoe.kernels.select import resolve_kernel, select_kernel
+from flashmoe.kernels.select import resolve_kernel, select_kernel, select_prompt_kernel
 from flashmoe.locate import cache_folder, open_model
 from flashmoe.model.load import (
     StreamingModel,
@@ -152,6 +152,7 @@ class FlashMoEModel:
             group_records=self.memory_plan.prompts.group_records,
             reader=self._reader,
             kernel=select_kernel(chosen, cache_folder()),
+            prompt_kernel=select_prompt_kernel(chosen),
             stats=self._stats,
             widen=widen_records,
             policy=policy,

@@ -62,3 +62,13 @@ def test_progress_of_a_prompt(qwen):
     seen.clear()
     answer(session, [*ids, *draw(2, 3)], 1, progress=lambda *call: seen.append(call))
     assert seen == [(0, 3), (3, 3)]
+
+
+def test_progress_by_layer(small_demo):
+    """6 layers route; a chunk of 256 tokens, one of 40, and the last token."""
+    seen = []
+    list(small_demo.stream(draw(1, 297), 2, progress=lambda *call: seen.append(call)))
+    assert {total for _, total in seen} == {297}
+    done = [done for done, _ in seen]
+    assert done == [0, 42, 85, 128, 170, 213, 256, 262, 269, 276, 282, 289, 297]
+    assert small_demo.live_stats.after_layer is None

@@ -11,6 +11,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from families import save_checkpoint
+from metal_on_cpu import compiled as on_cpu
+from metals import harness
 from mlx_lm.models.cache import make_prompt_cache
 from readers import FaultyReader
 
@@ -18,6 +20,7 @@ import flashmoe
 from flashmoe import FlashMoEModel, ReadError, engine, native
 from flashmoe.io.reader import Priority, Reader, ReadRequest, Ticket
 from flashmoe.io.threads import ThreadReader
+from flashmoe.kernels import metal
 from flashmoe.store.reader import Store
 from flashmoe.streaming import budget
 from flashmoe.streaming.sweep import RoutedRows, choose_adopted
@@ -121,6 +124,27 @@ def test_16_bit_activations(tmp_path: Path, use: Any, kernel: str) -> None:
     for ours, theirs in zip(*outputs, strict=True):
         assert ours.dtype == mx.bfloat16
         assert mx.array_equal(ours, theirs)
+
+
+@on_cpu
+def test_the_same_bytes_from_metal(
+    tmp_path: Path, home: Path, use: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few rows, so that how many share a call would change which of the kernels they meet."""
+    monkeypatch.setattr(metal, "available", lambda: None)
+    save_checkpoint(tmp_path / "checkpoint", "qwen3_moe")
+    store = flashmoe.repack(tmp_path / "checkpoint", tmp_path / "store")
+    outputs = []
+    with harness():
+        for group_records, more_slots in [(0, 0), (1, 0), (16, 3)]:
+            use(group_records)
+            bank_bytes = least_and(store, more_slots)
+            with FlashMoEModel(store, cache=bank_bytes, kernel="metal") as model:
+                outputs.append([model.model(mx.array([PROMPT[:n]])) for n in (5, 3, 12)])
+                mx.eval(outputs[-1])
+    for other in outputs[1:]:
+        for ours, theirs in zip(other, outputs[0], strict=True):
+            assert mx.array_equal(ours, theirs)
 
 
 def test_each_needed_record_is_read_once(small_model) -> None:

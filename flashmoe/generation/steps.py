@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from flashmoe.kernels.linear import left_lazy, output_layers
+from flashmoe.streaming.experts import StreamedExperts
 from flashmoe.streaming.telemetry import Stats
 
 Sampler = Callable[[mx.array], mx.array]
@@ -31,6 +33,7 @@ class TokenState:
         self._chunk = chunk
         self._cache: list[Any] = make_prompt_cache(model)
         self._output_layers = output_layers(model)
+        self._n_layers = sum(isinstance(m, StreamedExperts) for m in model.modules())
         self._torn = False
 
     def rewind_to_prefix_of(self, ids: Sequence[int]) -> int:
@@ -56,7 +59,8 @@ class TokenState:
         progress: Progress | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> mx.array | None:
-        """Consume ids in chunks; returns the logits [vocabulary] after the last one, or None
+        """Consume ids in chunks; `progress(done, total)` also counts a chunk's streamed layers,
+        as parts of its tokens. Returns the logits [vocabulary] after the last one, or None
         when `should_stop` turned true between chunks."""
         body, last = ids[:-1], ids[-1:]
         for first in range(0, len(body), self._chunk):
@@ -64,7 +68,9 @@ class TokenState:
                 progress(first, len(ids))
             if should_stop():
                 return None
-            self._forward(body[first : first + self._chunk], logits=False)
+            chunk = body[first : first + self._chunk]
+            with self._progress_by_layer(progress, first, len(chunk), len(ids)):
+                self._forward(chunk, logits=False)
         logits = self._forward(last, logits=True)
         if progress is not None:
             progress(len(ids), len(ids))
@@ -82,6 +88,25 @@ class TokenState:
         self.ids.extend(ids)
         self._torn = False
         return out
+
+    @contextmanager
+    def _progress_by_layer(
+        self, progress: Progress | None, first: int, count: int, total: int
+    ) -> Iterator[None]:
+        """Between the layers of a chunk of `count` tokens, say how far it is."""
+        done = 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None and done < self._n_layers:
+                progress(first + count * done // self._n_layers, total)
+
+        self._stats.after_layer = advance
+        try:
+            yield
+        finally:
+            self._stats.after_layer = None
 
     def _trim(self, count: int) -> bool:
         # A cache that has dropped tokens from its front cannot go back to where they count.

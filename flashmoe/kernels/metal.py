@@ -81,6 +81,19 @@ def bind_experts(weights: Mapping[str, mx.array], spec: ExpertSpec) -> ExpertFor
     return forward
 
 
+def bind_prompts(weights: Mapping[str, mx.array], spec: ExpertSpec) -> ExpertForward:
+    """One product per expert however few rows a call has; see `select.select_prompt_kernel`."""
+    twin = reference.bind_experts(weights, spec)
+    if describe_experts(weights, spec) is None:
+        return twin
+    prompt = grouped.bind_experts(weights, spec)
+
+    def forward(x: mx.array, slots: Slots) -> mx.array:
+        return prompt(x, slots) if slots.size and x.dtype in FLOATS else twin(x, slots)
+
+    return forward
+
+
 @dataclass(frozen=True)
 class Routing:
     """Slots [n_tokens * top_k] int32 as the kernels read them; MLX needs a few more of them

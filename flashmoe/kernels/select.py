@@ -83,6 +83,16 @@ def select_kernel(name: str = "auto", folder: Path | None = None) -> ExpertKerne
     return checker.bind_experts
 
 
+def select_prompt_kernel(name: str = "auto") -> ExpertKernel:
+    """What a kernel of that name is for prompts; raises OptionError as `resolve_kernel` does.
+
+    Its calls hold all rows that an expert has, and are cut between experts as memory allows.
+    So it must not choose by how many rows a call has, which the Metal kernels do.
+    """
+    chosen = resolve_kernel(name)
+    return metal.bind_prompts if chosen == "metal" else _KERNELS[chosen]
+
+
 def checkable_kernels() -> dict[str, tuple[ExpertKernel, tuple[mx.Dtype, ...]]]:
     """The kernels that run here and have a twin to be held against, with their dtypes of x."""
     dtypes: dict[str, tuple[mx.Dtype, ...]] = {

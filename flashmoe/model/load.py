@@ -111,6 +111,7 @@ def stream_experts(
     group_records: int,
     reader: Reader,
     kernel: ExpertKernel,
+    prompt_kernel: ExpertKernel,
     stats: Stats,
     widen: bool,
     policy: str = "auto",
@@ -130,16 +131,19 @@ def stream_experts(
         bank = LayerBank(store, layout, reader, stats, n_slots=n_slots, widen=widen, policy=policy)
         spec = _spec(layout, module)
         forward = kernel(bank.memory.weights, spec)
+        prompt_forward = prompt_kernel(bank.memory.weights, spec)
         sweep = None
         if group_records:
             if layout.record not in stagings:
                 stagings[layout.record] = Staging(layout.record, group_records, widen)
             staging = stagings[layout.record]
-            forwards = [kernel(group.weights, spec) for group in staging.groups]
+            forwards = [prompt_kernel(group.weights, spec) for group in staging.groups]
             path = store.file(layout.file)
-            sweep = Sweep(path, layout, reader, stats, bank, forward, staging, forwards)
+            sweep = Sweep(path, layout, reader, stats, bank, prompt_forward, staging, forwards)
         children = extra_children(module)
-        streamed[layout.path] = StreamedExperts(bank, forward, stats, children, sweep)
+        streamed[layout.path] = StreamedExperts(
+            bank, forward, prompt_forward, stats, children, sweep
+        )
         banks.append(bank)
     replace_modules(model, streamed)
     return StreamingModel(model, tuple(streamed.values()), tuple(banks), tuple(stagings.values()))

@@ -26,14 +26,16 @@ class StreamedExperts(nn.Module):
 
     `x` [..., d_in], `indices` [..., k] -> [..., k, d_out] in x's dtype. `children` are the
     resident parts of the replaced module (activation, norms), kept under their names. What
-    needs more experts than one token does goes through `sweep`, or without one through the bank.
-    `observer`, when set, is called with each call's routed experts [..., k].
+    needs more experts than one token does goes through `sweep`, or without one through the bank
+    with `prompt_forward`. `observer`, when set, is called with each call's routed
+    experts [..., k].
     """
 
     def __init__(
         self,
         bank: LayerBank,
         forward: ExpertForward,
+        prompt_forward: ExpertForward,
         stats: Stats,
         children: Mapping[str, Any],
         sweep: Sweep | None = None,
@@ -43,6 +45,7 @@ class StreamedExperts(nn.Module):
             setattr(self, name, child)
         self._bank = bank
         self._forward: ExpertForward | None = forward
+        self._prompt_forward: ExpertForward | None = prompt_forward
         self._stats = stats
         self._sweep = sweep
         # Set where the next layer's experts can be guessed.
@@ -50,6 +53,12 @@ class StreamedExperts(nn.Module):
         self.observer: Callable[[npt.NDArray[Any]], None] | None = None
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        y = self._call(x, indices)
+        if self._stats.after_layer is not None:
+            self._stats.after_layer()
+        return y
+
+    def _call(self, x: mx.array, indices: mx.array) -> mx.array:
         one_token = indices.size == indices.shape[-1]
         guess = self.foresight.guess(x) if self.foresight is not None and one_token else None
         started = time.perf_counter()
@@ -80,6 +89,7 @@ class StreamedExperts(nn.Module):
     def close(self) -> None:
         """Give the bank's memory back; calls raise FlashMoEError afterwards."""
         self._forward = None
+        self._prompt_forward = None
         self._sweep = None
         self._bank.close()
 
@@ -114,10 +124,13 @@ class StreamedExperts(nn.Module):
         table = self._bank.acquire(distinct.tolist())
         return self._compute(x, table[experts])
 
-    def _compute(self, x: mx.array, slots: npt.NDArray[np.int32]) -> mx.array:
-        assert self._forward is not None  # a closed bank gives no slots
+    def _compute(
+        self, x: mx.array, slots: npt.NDArray[np.int32], *, prompt: bool = False
+    ) -> mx.array:
+        forward = self._prompt_forward if prompt else self._forward
+        assert forward is not None  # a closed bank gives no slots
         started = time.perf_counter()
-        y = self._forward(x, slots)
+        y = forward(x, slots)
         self._stats.seconds.experts += time.perf_counter() - started
         return y
 
@@ -136,7 +149,9 @@ class StreamedExperts(nn.Module):
         for first in range(0, len(distinct), self._bank.group):
             group = distinct[first : first + self._bank.group]
             begin, end = np.searchsorted(flat[order], [group[0], group[-1] + 1])
-            y = self._run(rows[mx.array(token_of[begin:end])], flat[order[begin:end], None], group)
+            table = self._bank.acquire(group.tolist())
+            slots = table[flat[order[begin:end], None]]
+            y = self._compute(rows[mx.array(token_of[begin:end])], slots, prompt=True)
             started = time.perf_counter()
             mx.eval(y)
             self._stats.seconds.computing += time.perf_counter() - started

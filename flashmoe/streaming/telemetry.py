@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 
@@ -28,7 +29,8 @@ class Stats:
     An access is one distinct expert needed by one layer call: a `hit` when its record is in
     the bank, else a `miss`. `bytes_demanded` counts the record bytes of all accesses,
     `bytes_read` those that came from disk. `guessed` counts records that were read ahead,
-    `guessed_right` those of them that were needed next. `tokens` counts generated tokens.
+    `guessed_right` those of them that were needed next. `tokens` counts generated tokens. `after_layer`
+    is called when a layer's routed experts are done.
     """
 
     hits: int = 0
@@ -40,6 +42,7 @@ class Stats:
     prompt_tokens: int = 0
     tokens: int = 0
     seconds: Seconds = field(default_factory=Seconds)
+    after_layer: Callable[[], None] | None = field(default=None, repr=False, compare=False)
 
     @property
     def hit_rate(self) -> float:
@@ -48,7 +51,7 @@ class Stats:
         return self.hits / accesses if accesses else 0.0
 
     def copy(self) -> Stats:
-        return replace(self, seconds=replace(self.seconds))
+        return replace(self, seconds=replace(self.seconds), after_layer=None)
 
     def since(self, earlier: Stats) -> Stats:
         """What happened after `earlier` was copied."""
