@@ -24,8 +24,9 @@ class Arrivals:
     """Experts being read. `land` waits for some; leaving the `with` block waits for all.
 
     Each record is a batch of its own when `apart`, so that it can be used before the others are
-    there; otherwise all of them are one batch. `landed` is told of each record that is whole,
-    `lost` of those that are not, once nobody writes to their slots.
+    there; otherwise all of them are one batch. Those of `begun` are being read
+    already. `landed` is told of each record that is whole, `lost` of those that are not, once
+    nobody writes to their slots.
     """
 
     def __init__(
@@ -34,20 +35,24 @@ class Arrivals:
         arrivals: Sequence[Arrival],
         *,
         apart: bool,
+        begun: Sequence[tuple[Ticket, Arrival]] = (),
         landed: Callable[[Sequence[Arrival]], None],
         lost: Callable[[Sequence[Arrival]], None],
     ) -> None:
         self._reader = reader
         self._landed = landed
         self._lost = lost
-        self._coming: list[tuple[Ticket | None, Sequence[Arrival]]] = []
         batches = [[arrival] for arrival in arrivals] if apart else [list(arrivals)]
         # Owned from the start, so that an interrupt between two submissions loses nothing.
-        self._coming = [(None, batch) for batch in batches if batch]
+        self._coming: list[tuple[Ticket | None, Sequence[Arrival]]] = [
+            *((None, batch) for batch in batches if batch),
+            *((ticket, [arrival]) for ticket, arrival in begun),
+        ]
         try:
-            for i, (_, batch) in enumerate(self._coming):
-                ticket = reader.submit([arrival.request for arrival in batch])
-                self._coming[i] = (ticket, batch)
+            for i, (ticket, batch) in enumerate(self._coming):
+                if ticket is None:
+                    ticket = reader.submit([arrival.request for arrival in batch])
+                    self._coming[i] = (ticket, batch)
         except BaseException as error:
             self._abandon(error)
             raise

@@ -14,10 +14,11 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe.errors import FlashMoEError
-from flashmoe.io.reader import Reader, ReadRequest
+from flashmoe.errors import FlashMoEError, ReadError
+from flashmoe.io.reader import Reader, ReadRequest, Ticket
 from flashmoe.store.layout import LayerLayout
 from flashmoe.store.reader import Store
+from flashmoe.streaming.ahead import ReadAhead
 from flashmoe.streaming.arrivals import Arrival, Arrivals
 from flashmoe.streaming.policy import LRU
 from flashmoe.streaming.slots import SlotMemory
@@ -56,6 +57,11 @@ class LayerBank:
         self._slot_of = np.full(layer.n_experts, ABSENT, np.int32)
         self._free = list(range(n_slots - 1, -1, -1))
         self._pending: list[mx.array] = []
+        self._ahead = ReadAhead(reader)
+        self.guessed = 0
+        self.guessed_right = 0
+        # Experts that were read ahead and have not been asked for since.
+        self._unused: set[int] = set()
         self._closed = False
 
     def acquire(self, experts: Sequence[int]) -> npt.NDArray[np.int32]:
@@ -81,6 +87,7 @@ class LayerBank:
             raise FlashMoEError("the model is closed; load it again with from_pretrained")
         if len(experts) > self.group:
             raise ValueError(f"{len(experts)} experts at a time, but {self.group} is the most")
+        self._harvest()
         missing = [expert for expert in experts if self._slot_of[expert] == ABSENT]
         stride = self._layer.record.stride
         self._stats.hits += len(experts) - len(missing)
@@ -88,21 +95,69 @@ class LayerBank:
         self._stats.bytes_demanded += stride * len(experts)
         if missing:
             self._settle_pending()
+        self._count_guesses(experts, missing)
         pinned = set(experts)
         arrivals: list[Arrival] = []
+        begun: list[tuple[Ticket, Arrival]] = []
         try:
             for row, expert in enumerate(missing):
-                slot = self._take_slot(pinned)
-                place = self.memory.destination(slot, row)
-                request = ReadRequest(self._path, self._layer.record_offset(expert), place)
-                arrivals.append(Arrival(expert, slot, row, request))
+                if expert in self._ahead:
+                    ticket, arrival = self._ahead.adopt(expert)
+                    if ticket is not None:
+                        begun.append((ticket, arrival))
+                        continue
+                else:
+                    arrival = self._arrival(expert, self._take_slot(pinned), row)
+                arrivals.append(arrival)
         except BaseException:
+            for ticket, arrival in begun:
+                ticket.cancel()
+                arrivals.append(arrival)
+            self._reader.drain()
             self._lose(arrivals)
             raise
         # In the order of the call: landing has none that would come again.
         for expert in experts:
             self._policy.use(expert)
-        return Arrivals(self._reader, arrivals, apart=apart, landed=self._land, lost=self._lose)
+        return Arrivals(
+            self._reader,
+            arrivals,
+            apart=apart,
+            begun=begun,
+            landed=self._land,
+            lost=self._lose,
+        )
+
+    def read_ahead(self, experts: Sequence[int]) -> None:
+        """Start reading experts that may be needed next, likeliest first, when nothing demanded
+        waits to be read.
+
+        They take the places of those used longest ago. What was begun for an earlier guess and
+        is not among these is cancelled. Does nothing where one token's needs fill the bank, and
+        where records have to be widened as they land.
+        """
+        if self._closed or self.memory.staged:
+            return
+        self._harvest()
+        self._lose(self._ahead.drop(keep=experts))
+        room = self.memory.n_slots - self.group - len(self._ahead)
+        wanted = [e for e in experts if self._slot_of[e] == ABSENT and e not in self._ahead]
+        if not wanted or room <= 0:
+            return
+        self._settle_pending()
+        for expert in wanted[:room]:
+            try:
+                arrival = self._arrival(expert, self._take_slot(set(experts)), row=0)
+            except LookupError:
+                return  # all that could give way is guessed itself
+            try:
+                self._ahead.begin(arrival)
+            except ReadError:
+                # When it is demanded, the failure is raised.
+                self._lose([arrival])
+                return
+            self.guessed += 1
+            self._stats.guessed += 1
 
     def resident(self, experts: Sequence[int]) -> list[int]:
         """Those of `experts` that are in a slot."""
@@ -178,18 +233,47 @@ class LayerBank:
 
     def close(self) -> None:
         """Give the slots' memory back; nothing can be acquired afterwards."""
+        self._lose(self._ahead.drop(keep=()))
         self._pending.clear()
         self.memory.release()
         self._closed = True
 
     def check_integrity(self) -> None:
-        """Raise FlashMoEError unless every slot is either free or holds exactly one expert."""
+        """Raise FlashMoEError unless every slot is free, or holds or awaits just one expert."""
         resident = self._slot_of[self._slot_of != ABSENT].tolist()
-        if sorted(resident + self._free) != list(range(self.memory.n_slots)):
+        ahead = self._ahead.slots
+        if sorted(resident + self._free + ahead) != list(range(self.memory.n_slots)):
             raise FlashMoEError(
                 f"{self._layer.path}: resident slots {sorted(resident)} + free slots "
-                f"{sorted(self._free)} != {self.memory.n_slots} slots"
+                f"{sorted(self._free)} + slots read ahead {sorted(ahead)} != "
+                f"{self.memory.n_slots} slots"
             )
+
+    def _arrival(self, expert: int, slot: int, row: int) -> Arrival:
+        place = self.memory.destination(slot, row)
+        offset = self._layer.record_offset(expert)
+        return Arrival(expert, slot, row, ReadRequest(self._path, offset, place))
+
+    def _harvest(self) -> None:
+        if len(self._ahead):
+            whole, failed = self._ahead.harvest()
+            # A prompt may have brought the same expert meanwhile.
+            twice = [arrival for arrival in whole if self._slot_of[arrival.expert] != ABSENT]
+            self._free.extend(arrival.slot for arrival in twice)
+            whole = [arrival for arrival in whole if arrival not in twice]
+            self._land(whole)
+            for arrival in whole:
+                self._policy.use(arrival.expert)
+                self._unused.add(arrival.expert)
+            self._lose(failed)
+
+    def _count_guesses(self, experts: Sequence[int], missing: Sequence[int]) -> None:
+        """Note which guesses came true: landed and not used yet, or still on their way."""
+        early = self._unused.intersection(experts)
+        self._unused -= early
+        right = len(early) + sum(expert in self._ahead for expert in missing)
+        self.guessed_right += right
+        self._stats.guessed_right += right
 
     def _land(self, arrivals: Sequence[Arrival]) -> None:
         for arrival in arrivals:
@@ -216,6 +300,7 @@ class LayerBank:
     def _evict(self, pinned: set[int]) -> int:
         """The slot of an expert that is no longer resident, none of `pinned`."""
         victim = self._policy.victim(pinned)
+        self._unused.discard(victim)
         slot = int(self._slot_of[victim])
         self._slot_of[victim] = ABSENT
         return slot

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from flashmoe.kernels.contract import ExpertForward
 from flashmoe.streaming.bank import LayerBank
+from flashmoe.streaming.forecast import Foresight
 from flashmoe.streaming.sweep import Sweep
 from flashmoe.streaming.telemetry import Stats
 
@@ -43,10 +44,16 @@ class StreamedExperts(nn.Module):
         self._forward: ExpertForward | None = forward
         self._stats = stats
         self._sweep = sweep
+        # Set where the next layer's experts can be guessed.
+        self.foresight: Foresight | None = None
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        one_token = indices.size == indices.shape[-1]
+        guess = self.foresight.guess(x) if self.foresight is not None and one_token else None
         started = time.perf_counter()
         # The readback: once these are here, everything this layer's routing depends on has run.
+        if guess is not None:
+            mx.eval(indices, guess)
         experts = np.array(indices)
         self._stats.seconds.computing += time.perf_counter() - started
         distinct = np.unique(experts)
@@ -54,8 +61,8 @@ class StreamedExperts(nn.Module):
             if self._sweep is not None:
                 return self._sweep(x, experts)
             return self._run_grouped(x, experts, distinct)
-        if experts.size == experts.shape[-1] and self._bank.record_bytes >= APART_BYTES:
-            y = self._run_overlapped(x, experts)
+        if one_token and self._bank.record_bytes >= APART_BYTES:
+            y = self._run_overlapped(x, experts, guess)
         else:
             y = self._run(x, experts, distinct)
         self._bank.uses(y)
@@ -67,12 +74,17 @@ class StreamedExperts(nn.Module):
         self._sweep = None
         self._bank.close()
 
-    def _run_overlapped(self, x: mx.array, experts: npt.NDArray[Any]) -> mx.array:
+    def _run_overlapped(
+        self, x: mx.array, experts: npt.NDArray[Any], guess: mx.array | None
+    ) -> mx.array:
         """One token: experts in the bank compute while the others are read, and these as they
         land. In any order, because a kernel's results do not depend on which slots are in a call.
+        Behind them, what the next layer may need is read.
         """
         flat = experts.reshape(-1)
         with self._bank.request(flat.tolist(), apart=True) as arrivals:
+            if guess is not None and self.foresight is not None:
+                self.foresight.read_ahead(guess)
             ready = self._bank.resident(flat.tolist())
             if len(ready) == len(flat):
                 return self._compute(x, self._bank.slots_of(experts))

@@ -97,7 +97,7 @@ class SlotMemory:
             self._places.append(_Place(component, shared_bytes(raw), size, staging))
         self._gaps = _gaps(record)
         self._waste = memoryview(bytearray(max(self._gaps, default=0)))
-        self._staged = any(place.staging is not None for place in self._places)
+        self.staged = any(place.staging is not None for place in self._places)
         self._destinations: dict[int, Scatter] = {}
 
     def release(self) -> None:
@@ -109,7 +109,7 @@ class SlotMemory:
     def destination(self, slot: int, row: int) -> Scatter:
         """Where the bytes of a record go, in file order, padding included up to the last
         component; `row` (below n_rows) is the staging row of this read."""
-        if self._staged:
+        if self.staged:
             return self._scatter(slot, row)
         if slot not in self._destinations:
             self._destinations[slot] = self._scatter(slot, row)

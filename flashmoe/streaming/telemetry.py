@@ -27,13 +27,16 @@ class Stats:
 
     An access is one distinct expert needed by one layer call: a `hit` when its record is in
     the bank, else a `miss`. `bytes_demanded` counts the record bytes of all accesses,
-    `bytes_read` those that came from disk. `tokens` counts generated tokens.
+    `bytes_read` those that came from disk. `guessed` counts records that were read ahead,
+    `guessed_right` those of them that were needed next. `tokens` counts generated tokens.
     """
 
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
     bytes_demanded: int = 0
+    guessed: int = 0
+    guessed_right: int = 0
     prompt_tokens: int = 0
     tokens: int = 0
     seconds: Seconds = field(default_factory=Seconds)
@@ -54,6 +57,8 @@ class Stats:
             misses=self.misses - earlier.misses,
             bytes_read=self.bytes_read - earlier.bytes_read,
             bytes_demanded=self.bytes_demanded - earlier.bytes_demanded,
+            guessed=self.guessed - earlier.guessed,
+            guessed_right=self.guessed_right - earlier.guessed_right,
             prompt_tokens=self.prompt_tokens - earlier.prompt_tokens,
             tokens=self.tokens - earlier.tokens,
             seconds=Seconds(

@@ -1,0 +1,112 @@
+"""Whether, and how far, to read ahead: decided from how earlier guesses turned out.
+
+Nothing here changes a result: a guess only starts reads that a layer may need next.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+from flashmoe.streaming.bank import LayerBank
+
+# From the input of a layer's experts to ids of the next layer's, likeliest first.
+Guess = Callable[[mx.array], mx.array]
+
+# A layer's width changes after so many guesses, up above and down below these precisions.
+LEARN_AFTER = 16
+GOOD, POOR = 0.7, 0.4
+# A layer whose guesses are poor is tried again after so many tokens.
+REST = 128
+# Tokens with and without guesses that are compared, and how long the faster way is kept.
+WINDOW, HOLD = 8, 256
+
+
+class Width:
+    """How many of a layer's guesses are read ahead."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._width = most
+        self._resting = 0
+        self._seen = (0, 0)
+
+    def next(self, guessed: int, right: int) -> int:
+        """The width for the next token, given the layer's totals."""
+        if self._resting:
+            self._resting -= 1
+            if self._resting == 0:
+                self._width, self._seen = 1, (guessed, right)
+            return self._width
+        new = guessed - self._seen[0]
+        if new >= LEARN_AFTER:
+            precision = (right - self._seen[1]) / new
+            self._seen = (guessed, right)
+            if precision >= GOOD:
+                self._width = min(self._width + 1, self._most)
+            elif precision < POOR:
+                self._width -= 1
+                if self._width == 0:
+                    self._resting = REST
+        return self._width
+
+
+class Trial:
+    """Whether guessing pays at all: tokens with it and without it take turns, and the faster way
+    is kept for a while."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.on = True
+        self._clock = clock
+        self._last: float | None = None
+        self._times: dict[bool, list[float]] = {True: [], False: []}
+        self._left = 0
+
+    def next_token(self) -> None:
+        """Note that a token begins; sets `on` for it."""
+        now = self._clock()
+        before, self._last = self._last, now
+        if self._left:
+            self._left -= 1
+            if self._left == 0:
+                self._times = {True: [], False: []}
+                self.on = True
+            return
+        if before is not None:
+            self._times[self.on].append(now - before)
+        if len(self._times[self.on]) < WINDOW:
+            return
+        if self.on:
+            self.on = False
+            return
+        medians = {way: statistics.median(times) for way, times in self._times.items()}
+        self.on = medians[True] <= medians[False]
+        self._left = HOLD
+
+
+class Foresight:
+    """A layer's guesses about the next one, `bank`; `leads` in the first layer of the model."""
+
+    def __init__(self, guess: Guess, bank: LayerBank, trial: Trial, *, leads: bool) -> None:
+        self._guess = guess
+        self._bank = bank
+        self._trial = trial
+        self._leads = leads
+        self._width = Width(bank.group)
+
+    def guess(self, x: mx.array) -> mx.array | None:
+        """Ids for one token, unevaluated; None when guessing is off."""
+        if self._leads:
+            self._trial.next_token()
+        if not self._trial.on:
+            return None
+        return self._guess(x)
+
+    def read_ahead(self, ids: mx.array) -> None:
+        """Start reading as many of the guessed experts as earlier guesses were worth."""
+        width = self._width.next(self._bank.guessed, self._bank.guessed_right)
+        self._bank.read_ahead(np.array(ids).reshape(-1)[:width].tolist())

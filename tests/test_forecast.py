@@ -1,0 +1,281 @@
+"""Reading ahead: never another result, never a lost slot, and not for long where it is no use."""
+
+from __future__ import annotations
+
+import errno
+import random
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from families import save_checkpoint
+from mlx_lm.models.cache import make_prompt_cache
+from natives import compiled
+from readers import FaultyReader, MemoryReader
+from test_bank import LAYOUT, STRIDE, assert_holds, make_bank, memory_reader, store
+
+import flashmoe
+from flashmoe import FlashMoEModel, ReadError, engine
+from flashmoe.io.reader import Priority
+from flashmoe.io.threads import ThreadReader
+from flashmoe.store.reader import Store
+from flashmoe.streaming import experts, forecast
+from flashmoe.streaming.budget import layer_demands
+from flashmoe.streaming.forecast import Foresight, Trial, Width
+
+__all__ = ["store"]
+
+
+class Slow(MemoryReader):
+    """Forecast batches end when the test lets them, and can be cancelled until they begin."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.waiting: list[SlowTicket] = []
+
+    def submit(self, requests: Any, priority: Priority = Priority.DEMAND) -> Any:
+        if priority == Priority.DEMAND:
+            return super().submit(requests, priority)
+        ticket = SlowTicket(super().submit, requests)
+        self.waiting.append(ticket)
+        return ticket
+
+
+class SlowTicket:
+    def __init__(self, submit: Any, requests: Any) -> None:
+        self._submit, self._requests, self._inner = submit, requests, None
+        self.begun = self.dropped = False
+
+    def end(self) -> None:
+        if not self.dropped and self._inner is None:
+            self._inner = self._submit(self._requests)
+
+    def done(self) -> bool:
+        return self.dropped or self._inner is not None
+
+    def cancel(self) -> int:
+        if self.begun or self.done():
+            return 0
+        self.dropped = True
+        return 1
+
+    def wait(self) -> None:
+        self.end()
+        assert self._inner is not None
+        self._inner.wait()
+
+
+def slow(store: Store, bad_offset: int | None = None) -> Slow:
+    path = store.file(LAYOUT.file)
+    return Slow({path: path.read_bytes()}, bad_offset)
+
+
+def test_a_guess_that_landed_is_a_hit(store: Store) -> None:
+    bank, stats = make_bank(store, memory_reader(store), n_slots=6)
+    bank.read_ahead([4, 1])
+    bank.check_integrity()
+    assert_holds(bank, [1, 4, 6])
+    assert (stats.hits, stats.misses, stats.bytes_read) == (2, 1, 3 * STRIDE)
+    assert (stats.guessed, stats.guessed_right) == (2, 2)
+    # Asked for again, it was no guess.
+    bank.acquire([1])
+    assert stats.guessed_right == 2
+    bank.check_integrity()
+
+
+def test_a_guess_that_has_begun_is_waited_for(store: Store) -> None:
+    reader = slow(store)
+    bank, stats = make_bank(store, reader, n_slots=6)
+    bank.read_ahead([4])
+    reader.waiting[0].begun = True
+    bank.check_integrity()
+    assert_holds(bank, [4, 2])
+    assert (stats.hits, stats.misses, stats.guessed_right) == (0, 2, 1)
+    assert stats.bytes_read == 2 * STRIDE
+    bank.check_integrity()
+
+
+def test_a_guess_that_has_not_begun_is_demanded_instead(store: Store) -> None:
+    reader = slow(store)
+    bank, stats = make_bank(store, reader, n_slots=6)
+    bank.read_ahead([4])
+    assert_holds(bank, [4, 2])
+    assert reader.waiting[0].dropped
+    assert stats.bytes_read == 2 * STRIDE
+    bank.check_integrity()
+
+
+def test_a_new_guess_cancels_the_old_one(store: Store) -> None:
+    reader = slow(store)
+    bank, stats = make_bank(store, reader, n_slots=8)
+    bank.read_ahead([4, 5, 6])
+    reader.waiting[1].begun = True
+    bank.read_ahead([6, 7])
+    assert [ticket.dropped for ticket in reader.waiting] == [True, False, False, False]
+    bank.check_integrity()
+    for ticket in reader.waiting:
+        ticket.end()
+    assert_holds(bank, [5, 6, 7])
+    assert (stats.hits, stats.misses) == (3, 0)
+    bank.check_integrity()
+
+
+@pytest.mark.parametrize(("n_slots", "expected"), [(3, 0), (4, 1), (5, 2), (8, 4)])
+def test_one_tokens_needs_are_never_guessed_away(store: Store, n_slots: int, expected: int) -> None:
+    reader = slow(store)
+    bank, stats = make_bank(store, reader, n_slots=n_slots)
+    bank.acquire([0, 1, 2])
+    bank.read_ahead([3, 4, 5, 6])
+    assert stats.guessed == expected
+    bank.check_integrity()
+    # Whatever is on its way, three others still fit.
+    for ticket in reader.waiting:
+        ticket.begun = True
+    assert_holds(bank, [0, 2, 7])
+    bank.check_integrity()
+
+
+def test_a_guess_that_fails_says_so_when_it_is_demanded(store: Store) -> None:
+    bad = LAYOUT.record_offset(4)
+    reader = slow(store, bad)
+    bank, _ = make_bank(store, reader, n_slots=6)
+    bank.read_ahead([4, 5])
+    for ticket in reader.waiting:
+        ticket.end()
+    assert_holds(bank, [5])
+    assert bank.resident([4, 5]) == [5]
+    with pytest.raises(ReadError) as caught:
+        bank.acquire([4])
+    assert (caught.value.errno, caught.value.offset) == (errno.EIO, bad)
+    # The same while it is under way.
+    bank.read_ahead([4])
+    reader.waiting[-1].begun = True
+    with pytest.raises(ReadError):
+        bank.acquire([4, 1])
+    bank.check_integrity()
+    assert_holds(bank, [1, 2])
+
+
+def test_a_prompt_brings_what_was_guessed(store: Store) -> None:
+    reader = slow(store)
+    bank, _ = make_bank(store, reader, n_slots=6)
+    bank.read_ahead([4])
+    reader.waiting[0].begun = True
+    other, _ = make_bank(store, memory_reader(store))
+    slot = int(other.acquire([4])[4])
+    bank.adopt(4, other.memory, slot)
+    bank.check_integrity()
+    reader.waiting[0].end()
+    assert_holds(bank, [4, 1])
+    bank.check_integrity()
+
+
+def test_widened_records_are_not_read_ahead(store: Store) -> None:
+    bank, stats = make_bank(store, memory_reader(store), n_slots=6, widen=True)
+    bank.read_ahead([4])
+    assert stats.guessed == 0
+
+
+def test_any_order_of_guesses_and_demands(store: Store) -> None:
+    draw = random.Random(3)
+    reader = slow(store)
+    bank, stats = make_bank(store, reader, n_slots=5)
+    for _ in range(300):
+        for ticket in reader.waiting:
+            if draw.random() < 0.3:
+                ticket.begun = True
+            if draw.random() < 0.3:
+                ticket.end()
+        bank.read_ahead(draw.sample(range(8), draw.randint(0, 4)))
+        bank.check_integrity()
+        assert_holds(bank, draw.sample(range(8), draw.randint(1, 3)))
+        bank.check_integrity()
+    assert 0 < stats.guessed_right <= stats.guessed
+
+
+def test_width_follows_precision() -> None:
+    width = Width(4)
+    assert width.next(0, 0) == 4
+    guessed = right = 0
+    found = []
+    for precision in (0.9, 0.3, 0.3, 0.5, 0.9, 0.1, 0.1, 0.1):
+        guessed += 20
+        right += round(20 * precision)
+        found.append(width.next(guessed, right))
+    assert found == [4, 3, 2, 2, 3, 2, 1, 0]
+    rested = [width.next(guessed, right) for _ in range(forecast.REST)]
+    assert rested == [0] * (forecast.REST - 1) + [1]
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_a_trial_keeps_the_faster_way(better: bool) -> None:
+    now = 0.0
+    trial = Trial(lambda: now)
+    ways = []
+    for _ in range(2 * (forecast.HOLD + 2 * forecast.WINDOW + 2)):
+        trial.next_token()
+        ways.append(trial.on)
+        now += 1.0 if trial.on == better else 1.5
+    first = forecast.WINDOW
+    assert ways[:first] == [True] * first
+    assert ways[first : 2 * first] == [False] * first
+    held = ways[2 * first : 2 * first + forecast.HOLD]
+    assert held == [better] * forecast.HOLD
+    # And then it is tried again.
+    again = ways[2 * first + forecast.HOLD + 1 :]
+    assert set(again[: 2 * first]) == {True, False}
+
+
+def foresee(model: FlashMoEModel, guesses: Any) -> None:
+    """Give every layer but the last a guess at the next one's experts."""
+    layers = model._streaming.layers  # type: ignore[union-attr]
+    trial = Trial()
+    for i, layer in enumerate(layers[:-1]):
+        bank = layers[i + 1]._bank
+        layer.foresight = Foresight(
+            lambda x, bank=bank: guesses(x, bank), bank, trial, leads=i == 0
+        )
+
+
+def decoded(store: Store, kernel: str, cache: str, guesses: Any = None) -> tuple[list[Any], Any]:
+    with FlashMoEModel(store, cache=cache, kernel=kernel, dtype="float32") as model:
+        if guesses is not None:
+            foresee(model, guesses)
+        caches = make_prompt_cache(model.model)
+        outputs = [np.array(model.model(mx.array([list(range(9))]), cache=caches))]
+        for token in (5, 90, 41, 7, 63, 12, 3):
+            outputs.append(np.array(model.model(mx.array([[token]]), cache=caches)))
+            model.check_integrity()
+        return outputs, model.stats()
+
+
+@compiled
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h", "deepseek_v3"])
+def test_no_guess_changes_a_result(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "checkpoint", family)
+    store = flashmoe.repack(tmp_path / "checkpoint", tmp_path / "store")
+    expected, _ = decoded(store, "cpu", "min")
+    monkeypatch.setattr(experts, "APART_BYTES", 0)
+    monkeypatch.setattr(
+        engine, "open_reader", lambda name, page_cache: FaultyReader(ThreadReader(4), seed=3)
+    )
+    draw = random.Random(1)
+
+    def at_random(x: mx.array, bank: Any) -> mx.array:
+        assert x.size == x.shape[-1]
+        return mx.array(draw.sample(range(bank._layer.n_experts), bank.group))
+
+    demands = layer_demands([layer.layout for layer in store.manifest.layers], widen=False)
+    slots = sum(demand.slot_bytes * (demand.least + 2) for demand in demands)
+    guessed = 0
+    for cache in ("min", f"{slots}B", "1GB"):
+        outputs, stats = decoded(store, "cpu", cache, at_random)
+        for ours, theirs in zip(outputs, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        assert stats.guessed_right <= stats.guessed
+        guessed += stats.guessed
+    assert guessed > 0
