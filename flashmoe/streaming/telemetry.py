@@ -29,8 +29,8 @@ class Stats:
     An access is one distinct expert needed by one layer call: a `hit` when its record is in
     the bank, else a `miss`. `bytes_demanded` counts the record bytes of all accesses,
     `bytes_read` those that came from disk. `guessed` counts records that were read ahead,
-    `guessed_right` those of them that were needed next. `tokens` counts generated tokens. `after_layer`
-    is called when a layer's routed experts are done.
+    `guessed_right` those of them that were needed next. `tokens` counts generated tokens.
+    `after_layer` is called when a layer's routed experts are done.
     """
 
     hits: int = 0
