@@ -68,10 +68,10 @@ def _forecaster(
 ) -> Forecaster | None:
     if here is None or after is None:
         return None
-    rescaling = _rescaling(modules[here.norm], modules[after.norm])
-    if rescaling is None:
+    rescaled = rescaling(modules[here.norm], modules[after.norm])
+    if rescaled is None:
         return None
-    scale, shift = rescaling
+    scale, shift = rescaled
     router = modules[after.router]
     # The order of linear logits survives a positive factor; nothing else does.
     if here.scaled and (after.scoring != Scoring() or "bias" in router or shift.any()):
@@ -91,7 +91,7 @@ def _forecaster(
     )
 
 
-def _rescaling(
+def rescaling(
     here: nn.Module, after: nn.Module
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
     """`scale`, `shift` with after(h) = here(h) * scale + shift for any h; None if there are none.

@@ -151,10 +151,13 @@ def _block_of(
     while block:
         if sum(other.startswith(block + ".") for other in experts) > 1:
             return None
-        names = (name for name, _ in _weights(modules[block], n_experts))
-        if any(not f"{block}.{name}".startswith(inside + ".") for name in names):
-            return block
-        inside, block = block, block.rpartition(".")[0]
+        # A path may also lead through lists, which are no modules.
+        if block in modules:
+            names = (name for name, _ in _weights(modules[block], n_experts))
+            if any(not f"{block}.{name}".startswith(inside + ".") for name in names):
+                return block
+            inside = block
+        block = block.rpartition(".")[0]
     return None
 
 
@@ -231,7 +234,7 @@ def _choice_of(
     routers = []
     for name, array in _weights(block, n_experts):
         owner = name.rpartition(".")[0]
-        if array.shape[1] == width and "scales" not in inside[owner]:
+        if array.shape[1] == width and owner in inside:
             inside[owner]["weight"] = draw(width**-0.5, tuple(array.shape))
             routers.append(owner)
     biases: list[str | None] = [None]
@@ -254,10 +257,12 @@ def _choice_of(
     if scaled is None:
         return None
     chosen = np.array(indices).reshape(_ROWS, -1)
+    logits = {router: logits_of(inside[router], x)[0] for router in routers}
+    mx.eval(logits)
     best, choice = _CLOSE, None
     for router, bias, scoring in _guesses(routers, biases, n_experts):
         values = None if bias is None else _lookup(inside, bias)
-        scores = scoring(logits_of(inside[router], x)[0], values)
+        scores = scoring(logits[router], values)
         share = _shared(np.array(top(scores, chosen.shape[-1])), chosen)
         if share > best:
             best, choice = share, Choice(router, bias, scoring, scaled)

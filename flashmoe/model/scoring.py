@@ -28,7 +28,12 @@ def _identity(logits: mx.array) -> mx.array:
     return logits
 
 
-_FUNCTIONS = (nn.sigmoid, _softmax, _sqrt_softplus, _identity)
+_FUNCTIONS: tuple[Callable[[mx.array], mx.array], ...] = (
+    mx.sigmoid,
+    _softmax,
+    _sqrt_softplus,
+    _identity,
+)
 
 
 @dataclass(frozen=True)
