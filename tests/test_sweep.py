@@ -15,15 +15,19 @@ from metal_on_cpu import compiled as on_cpu
 from metals import harness
 from mlx_lm.models.cache import make_prompt_cache
 from readers import FaultyReader
+from stores import layer_contents, layer_layout, resident_contents, write_store
 
 import flashmoe
-from flashmoe import FlashMoEModel, ReadError, engine, native
+from flashmoe import FlashMoEError, FlashMoEModel, ReadError, engine, native
 from flashmoe.io.reader import Priority, Reader, ReadRequest, Ticket
 from flashmoe.io.threads import ThreadReader
 from flashmoe.kernels import metal
-from flashmoe.store.reader import Store
+from flashmoe.store.reader import Store, open_store
 from flashmoe.streaming import budget
+from flashmoe.streaming.bank import LayerBank
+from flashmoe.streaming.slots import SlotMemory
 from flashmoe.streaming.sweep import RoutedRows, choose_adopted
+from flashmoe.streaming.telemetry import Stats
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "nemotron_h", "deepseek_v3", "llama4"]
 KERNELS = ["reference", "cpu"] if native.available() is None else ["reference"]
@@ -281,3 +285,28 @@ def test_runs_keep_an_experts_rows_together() -> None:
 )
 def test_who_is_adopted(staged, resident, n_free, adopted, leaving) -> None:
     assert choose_adopted(staged, resident, n_free) == (adopted, leaving)
+
+
+def test_room_is_made_by_the_least_used_and_then_the_policy(tmp_path: Path) -> None:
+    layout = layer_layout(n_experts=8, top_k=3)
+    write_store(tmp_path / "store", [(layout, layer_contents(layout))], resident_contents())
+    reader = ThreadReader(2)
+    bank = LayerBank(
+        open_store(tmp_path / "store"), layout, reader, Stats(), n_slots=4, widen=False
+    )
+    other = SlotMemory(layout.record, 1, 1, widen=False)
+    for expert in (2, 0, 1, 3):
+        bank.acquire([expert])
+    bank.make_room({0: 1, 1: 0, 2: 1, 3: 5}, 2)
+    assert (bank.held(), bank.n_free) == ([0, 3], 2)
+    bank.adopt(6, other, 0)
+    assert (bank.held(), bank.n_free) == ([0, 3, 6], 1)
+    bank.check_integrity()
+    bank.use([3, 0, 7])
+    bank.acquire([4, 5])
+    assert bank.held() == [0, 3, 4, 5]
+    bank.check_integrity()
+    bank.close()
+    with pytest.raises(FlashMoEError, match="closed"):
+        bank.slot_table()
+    reader.close()

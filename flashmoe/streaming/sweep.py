@@ -2,8 +2,8 @@
 
 Calls that need more experts than one token does come here. Experts that are in the bank compute
 from their slots; the others pass through staging, one group being read while the other computes.
-An expert meets all of its rows in one kernel call, so what a row shares a call with besides them
-is all that the bank's size or staging's can change, and kernels' rows do not depend on that.
+An expert meets all of its rows in one kernel call. Which experts share a call depends on the bank
+and on staging, and kernels for prompts give a row the same bits in any such company.
 """
 
 from __future__ import annotations
