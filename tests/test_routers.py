@@ -13,12 +13,17 @@ from families import FAMILIES, build_model
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchLinear
+from natives import compiled
 from routing import observe, recalls
 
 from flashmoe import FlashMoEModel
 from flashmoe.checkpoint.architecture import expert_modules
 from flashmoe.checkpoint.config import read_config
+from flashmoe.kernels.linear import LEAST_WEIGHTS, NativeLinear
+from flashmoe.model.load import use_native_linears
 from flashmoe.model.routers import Forecaster, find_forecasters, rescaling
+from flashmoe.model.routing_sites import find_sites
+from flashmoe.model.scoring import Groups
 from flashmoe.streaming.experts import StreamedExperts
 
 # Families without forecasters, and why.
@@ -143,6 +148,30 @@ def test_quantized_router_and_bfloat16() -> None:
     logits = forecaster.router(rescaled)[0].astype(mx.float32)
     assert guess.tolist() == mx.argsort(-logits)[:2].tolist()
     assert forecaster(x, 4).tolist()[:2] == guess.tolist()
+
+
+def test_groups_are_found() -> None:
+    wide = {"n_routed_experts": 32, "n_group": 8, "topk_group": 3, "num_experts_per_tok": 4}
+    sites = find_sites({**FAMILIES["deepseek_v3"], **wide}).values()
+    for site in sites:
+        assert site is not None
+        assert site.scoring.groups == Groups(count=8, kept=3, best=2)
+        assert site.bias is not None
+        assert (site.top_k, site.n_experts) == (4, 32)
+
+
+@compiled
+def test_native_router_guesses_the_same() -> None:
+    config = {**FAMILIES["qwen3_moe"], "hidden_size": 512, "num_experts": LEAST_WEIGHTS // 512}
+    model = build_model(config, seed=0)
+    x = mx.random.normal((1, 1, 512))
+    stock = find_forecasters(model, config)[0]
+    use_native_linears(model)
+    native = find_forecasters(model, config)[0]
+    assert stock is not None
+    assert native is not None
+    assert isinstance(native.router, NativeLinear)
+    assert native(x, 16).tolist() == stock(x, 16).tolist()
 
 
 # Rescaling

@@ -100,10 +100,11 @@ def rescaling(
     norm multiplies by its weight or by one plus it. Where `here` multiplies by zero, what `after`
     would see is lost and taken as zero.
     """
-    width = here["weight"].size if "weight" in here else 0
-    if width == 0 or width != ("weight" in after and after["weight"].size):
+    weights = [norm.get("weight") for norm in (here, after)]
+    shapes = [weight.shape for weight in weights if isinstance(weight, mx.array)]
+    if len(shapes) < 2 or len(shapes[0]) != 1 or shapes[0] != shapes[1]:
         return None
-    dtype = here["weight"].dtype
+    (width,), dtype = shapes[0], here["weight"].dtype
     # Mean 0 and mean square 1: what any norm leaves as it is.
     signs = np.where(np.arange(width) % 2 == 0, 1, -1).astype(np.float32)
     gain, offset = _linear(here, signs, dtype)

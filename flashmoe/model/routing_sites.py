@@ -74,8 +74,8 @@ class Site:
 
 @dataclass
 class _Seen:
-    """What a forward pass showed: what each small module `made`, what each block was `given`,
-    and the input and indices that `reached` each expert module, in the order of the calls.
+    """What a forward pass showed: what each small module `made` of one array, what each block
+    was `given`, and the input and indices that `reached` each expert module, in call order.
 
     The arrays themselves are kept, so that their identity means something.
     """
@@ -197,7 +197,8 @@ def _watch_blocks(model: nn.Module, experts: dict[str, nn.Module], blocks: set[s
 
     def at_small(path: str, call: Any, *args: Any, **kwargs: Any) -> Any:
         made = call()
-        watch.seen.made.append((path, made))
+        if len(args) == 1 and not kwargs:
+            watch.seen.made.append((path, made))
         return made
 
     for path, module in model.named_modules():
