@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from flashmoe.bench.trace import RoutingRecorder, record_routing
 from flashmoe.bench.trace_file import Trace, TracedLayer, TraceWriter, read_trace
 from flashmoe.errors import FlashMoEError, OptionError, PromptError
 from flashmoe.generation.session import Sampling
+from flashmoe.model.load import stream_experts
 from flashmoe.streaming.policy.select import AUTO, POLICY_NAMES, make_policy
 
 PROMPTS = (CAPITAL, BARN)
@@ -56,8 +58,12 @@ def test_what_is_recorded(demo: FlashMoEModel, demo_trace: Path) -> None:
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
 def test_replay_misses_as_the_running_model_does(
-    demo_store: Path, demo_trace: Path, tmp_path: Path, policy: str
+    demo_store: Path, demo_trace: Path, tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def without_staging(*arguments: Any, **options: Any) -> Any:
+        return stream_experts(*arguments, **{**options, "group_records": 0})
+
+    monkeypatch.setattr("flashmoe.engine.stream_experts", without_staging)
     with FlashMoEModel.from_pretrained(demo_store, cache="5.2MB", policy=policy) as model:
         slots = model.memory_plan.slots
         assert len(set(slots)) == 2

@@ -291,7 +291,8 @@ class LayerBank:
         # Whatever the slots hold now belongs to nobody.
         for arrival in arrivals:
             self._free.append(arrival.slot)
-            self._policy.forget(arrival.expert)
+            if arrival.expert in self._policy:
+                self._policy.forget(arrival.expert)
 
     def _settle_pending(self) -> None:
         if self._pending:
