@@ -62,7 +62,6 @@ def decode(store: str, memory: str, prompt_tokens: int, tokens: int, kernel: str
         "tokens_per_second": spent.tokens / spent.seconds.decode,
         "hit_rate": spent.hit_rate,
         "bytes_read_per_token": spent.bytes_read / spent.tokens,
-        "bytes_per_second_waited": spent.bytes_read / max(spent.seconds.reading, 1e-9),
         "waiting_share": spent.seconds.reading / spent.seconds.decode,
         "prompt_tokens": before.prompt_tokens,
         "prompt_chunk_tokens": chunk,
@@ -178,8 +177,7 @@ def print_reports(store: Store, args: argparse.Namespace, reports: list[Report])
             f"  peak memory {format_size(middle['peak_memory_bytes'])}, "
             f"bank {format_size(middle['bank_bytes'])}, hit rate {middle['hit_rate']:.0%}, "
             f"{format_size(middle['bytes_read_per_token'])} read per token\n"
-            f"  waiting for reads {middle['waiting_share']:.0%} of the time, "
-            f"at {format_size(middle['bytes_per_second_waited'])}/s\n"
+            f"  waiting for reads {middle['waiting_share']:.0%} of the time\n"
             f"  prompt of {middle['prompt_tokens']:.0f} tokens "
             f"in {middle['prompt_seconds']:.2f} s, "
             f"{middle['prompt_seconds_waiting']:.2f} s of it waiting for reads, "
