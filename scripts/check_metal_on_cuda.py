@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     models = [] if options.short else model_trials()
     report = Report()
     with tempfile.TemporaryDirectory() as folder:
-        library = options.library or Path(folder) / "libkernels.so"
-        if options.library or compile_all([*small, *models], options, library, report):
+        library = options.compiled or Path(folder) / "libkernels.so"
+        if options.compiled or compile_all([*small, *models], options, library, report):
             run_all(library, small, models, report)
             if options.sanitize:
                 sanitize(library, report)
@@ -81,7 +81,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", nargs="+", metavar="NN", help="compile for sm_NN alone")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="keep the compiled library")
     parser.add_argument(
-        "--library", type=Path, metavar="FILE", help="a kept library, instead of compiling"
+        "--library",
+        dest="compiled",
+        type=Path,
+        metavar="FILE",
+        help="a kept library, instead of compiling",
     )
     return parser.parse_args(arguments)
 
