@@ -19,7 +19,7 @@ import numpy.typing as npt
 from flashmoe import machine
 from flashmoe.checkpoint.architecture import probe_routing
 from flashmoe.checkpoint.caches import cache_bytes
-from flashmoe.checkpoint.config import read_config
+from flashmoe.checkpoint.config import largest, read_config
 from flashmoe.checkpoint.tokenizer import load_tokenizer
 from flashmoe.errors import FlashMoEError, OptionError
 from flashmoe.generation.prompt import Prompt
@@ -106,7 +106,7 @@ class FlashMoEModel:
                 chunk=chunk,
                 context=context,
                 width=probed.width,
-                heads=_largest(config, "num_attention_heads"),
+                heads=largest(config, "num_attention_heads"),
                 vocabulary=probed.vocabulary,
                 top_k=max(layout.top_k for layout in layouts),
                 materialized_scores=mx.default_device() == mx.cpu,
@@ -157,7 +157,8 @@ class FlashMoEModel:
             widen=widen_records,
             policy=policy,
         )
-        if forecast:
+        # Finding routers takes up to a second: not where nothing could be read ahead.
+        if forecast and self._streaming.reads_ahead:
             self._streaming.foresee(find_forecasters(skeleton, config))
 
     @classmethod
@@ -373,19 +374,12 @@ def _widen(dtype: str, config: dict[str, Any]) -> bool:
 
 
 def _context(config: dict[str, Any], context: int | None) -> int:
-    most = _largest(config, "max_position_embeddings")
+    most = largest(config, "max_position_embeddings")
     if context is None:
         return min(DEFAULT_CONTEXT, most) if most else DEFAULT_CONTEXT
     if most and context > most:
         raise OptionError(f"context {context} exceeds the {most} tokens the model was made for")
     return context
-
-
-def _largest(config: dict[str, Any], key: str) -> int:
-    """The largest value of a whole-number key over the config and its nested configs."""
-    levels = [config, *(value for value in config.values() if isinstance(value, dict))]
-    values = [level.get(key) for level in levels]
-    return max((value for value in values if isinstance(value, int)), default=0)
 
 
 def _kv_bytes(caches: list[Any], context: int, manifest: Manifest, widen: bool) -> int:

@@ -252,3 +252,10 @@ def _transformers_config(config: Config) -> Any:
         return cls(**known)
     except Exception:  # a config class may reject what mlx-lm accepts
         return None
+
+
+def largest(config: Config, key: str) -> int:
+    """The largest value of a whole-number key over the config and its nested configs."""
+    levels = [config, *(value for value in config.values() if isinstance(value, dict))]
+    values = [level.get(key) for level in levels]
+    return max((value for value in values if isinstance(value, int)), default=0)

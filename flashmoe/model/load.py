@@ -39,6 +39,14 @@ class StreamingModel:
     banks: tuple[LayerBank, ...]
     staging: tuple[Staging, ...]
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether guesses about any layer's experts would be of use."""
+        return any(
+            layer.reads_apart and bank.reads_ahead
+            for layer, bank in zip(self.layers, self.banks[1:], strict=False)
+        )
+
     def foresee(self, guesses: Sequence[Guess | None]) -> None:
         """Read ahead what the layers' guesses say, where a bank has room for that."""
         trial = Trial()
