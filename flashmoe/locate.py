@@ -61,7 +61,8 @@ def cache_path(checkpoint: Checkpoint, precision: str) -> Path:
     of a folder's path and of its files' sizes and times."""
     version = checkpoint.revision
     if version is None:
-        files = [*checkpoint.weight_files, *checkpoint.copied_files]
+        files = [file.path for file in checkpoint.weight_files if file.path is not None]
+        files += checkpoint.copied_files
         stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
         identity = json.dumps([str(checkpoint.folder.resolve()), stamps])
         version = hashlib.sha256(identity.encode()).hexdigest()

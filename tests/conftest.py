@@ -15,7 +15,7 @@ import mlx.nn as nn
 import pytest
 from commands import FLASHMOE, Result, Run
 from families import save_checkpoint
-from hub import Hub
+from hub import Hub, save_small
 from hypothesis import settings
 from places import save_places
 from sessions import resident_model
@@ -64,12 +64,17 @@ def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def hub(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """All that is asked of the Hub is asked of this one."""
+def hub(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """All that is asked of the Hub is asked of this one, which has a small model."""
     hub = Hub(tmp_path / "hub")
-    monkeypatch.setattr(huggingface_hub, "model_info", hub.model_info)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
-    return hub
+    save_small(hub.files)
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr("flashmoe.checkpoint.hub.BACKOFF_SECONDS", 0.001)
+    yield hub
+    hub.close()
 
 
 # The demo model

@@ -1,19 +1,27 @@
 """Tiny stores made through `StoreWriter`, without any model, and how opening them may fail."""
 
 import contextlib
+import itertools
 import random
 import signal
 import tracemalloc
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from refusals import refused
 
 from flashmoe.errors import StoreError
-from flashmoe.store.layout import LayerLayout, Quantization, TensorSpec, lay_out_record
-from flashmoe.store.manifest import Manifest, Source
+from flashmoe.store.layout import (
+    LayerLayout,
+    Quantization,
+    TensorSpec,
+    lay_out_record,
+    safetensors_header,
+)
+from flashmoe.store.manifest import LayerFile, Manifest, ResidentFile, Source
 from flashmoe.store.reader import Store, open_store
-from flashmoe.store.writer import StoreWriter
+from flashmoe.store.writer import StoreWriter, sha256_file
 
 CONFIG = b'{"model_type": "tiny"}\n'
 LAYER_FILE = "experts/layer-000.safetensors"
@@ -64,6 +72,38 @@ def resident_contents(seed: int = 0) -> list[bytes]:
     return [draw.randbytes(tensor.nbytes) for tensor in RESIDENT_TENSORS]
 
 
+def write_resident(writer: StoreWriter, contents: Sequence[bytes]) -> ResidentFile:
+    """`RESIDENT_TENSORS` in `RESIDENT_FILE`, the last one first."""
+    header = safetensors_header(RESIDENT_TENSORS)
+    ends = list(itertools.accumulate(map(len, contents), initial=len(header)))
+    writer.create(RESIDENT_FILE, header, ends[-1])
+    for offset, content in reversed(list(zip(ends, contents, strict=False))):
+        writer.write(RESIDENT_FILE, offset, content)
+    crc32 = "".join(f"{zlib.crc32(content):08x}" for content in contents)
+    return ResidentFile(RESIDENT_FILE, RESIDENT_TENSORS, finished(writer, RESIDENT_FILE), crc32)
+
+
+def write_layer(writer: StoreWriter, layout: LayerLayout, contents: Contents) -> LayerFile:
+    """A layer's file, component by component."""
+    writer.create(layout.file, layout.header, layout.file_bytes)
+    crcs: dict[tuple[int, str], str] = {}
+    for expert in range(layout.n_experts):
+        for name, part in record_parts(layout, contents, expert).items():
+            crcs[expert, name] = f"{zlib.crc32(part):08x}"
+    for c in layout.record.components:
+        for expert in range(layout.n_experts):
+            part = record_parts(layout, contents, expert)[c.name]
+            writer.write(layout.file, layout.record_offset(expert) + c.offset, part)
+    return LayerFile(layout, finished(writer, layout.file), "".join(crcs.values()))
+
+
+def finished(writer: StoreWriter, file: str) -> str:
+    """SHA-256 of a file that is on disk and closed."""
+    writer.sync(file)
+    writer.close(file)
+    return sha256_file(writer.folder / file)
+
+
 def write_store(
     folder: Path,
     layers: Sequence[tuple[LayerLayout, Contents]],
@@ -76,13 +116,8 @@ def write_store(
     config = folder.parent / "config.json"
     config.write_bytes(CONFIG)
     with StoreWriter(folder, force=force) as writer:
-        shard = writer.write_resident(RESIDENT_FILE, RESIDENT_TENSORS, resident)
-        files = []
-        for layout, contents in layers:
-            layer = writer.layer(layout)
-            for component in layout.record.components:
-                layer.write(component, contents[component.name])
-            files.append(layer.finish())
+        shard = write_resident(writer, resident)
+        files = [write_layer(writer, layout, contents) for layout, contents in layers]
         writer.commit(
             Manifest(
                 model_type="tiny",

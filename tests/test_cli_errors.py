@@ -172,14 +172,14 @@ def test_prompt_argument_that_is_no_text_is_refused(run_cli: Run, demo_store: Pa
 def test_hub_failure_is_one_line(run_cli: Run, hub: Hub) -> None:
     hub.reachable = False
     result = run_cli("generate", "owner/name", "-p", "x")
-    assert_one_line(result, 1, "owner/name", "Hub", "no route to host")
+    assert_one_line(result, 1, "owner/name cannot be fetched from the Hub")
 
 
 def test_hub_model_is_not_fetched_for_a_destination_in_use(
     run_cli: Run, places: dict[str, Path], hub: Hub
 ) -> None:
     assert_one_line(run_cli("repack", "owner/name", places["store"]), 1, "--force")
-    assert hub.downloads == []
+    assert hub.requests == []
 
 
 def test_home_that_cannot_be_written_is_one_line(

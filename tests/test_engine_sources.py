@@ -95,14 +95,15 @@ def test_a_hub_id(hub):
         source = model.store.manifest.source
         assert (source.repo, source.revision) == ("owner/name", COMMIT)
         assert model.store.path.name.startswith("owner--name-")
-    assert hub.downloads[0] == ("owner/name", "main")
+    assert "/revision/main" in hub.requests[0]
 
 
 def test_a_hub_that_cannot_be_reached(hub):
     hub.reachable = False
     with pytest.raises(SourceError) as error:
         FlashMoEModel.from_pretrained("owner/name")
-    assert str(error.value) == "owner/name cannot be fetched from the Hub: no route to host"
+    assert str(error.value).startswith("owner/name cannot be fetched from the Hub: ")
+    assert "\n" not in str(error.value)
 
 
 def test_no_such_model(home):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +17,10 @@ from flashmoe.store.reader import Store
 def test_a_hub_model_is_fetched_once(hub: Hub) -> None:
     first = open_model("owner/name")
     assert first.manifest.source.revision == COMMIT
-    downloads = len(hub.downloads)
-    shutil.rmtree(hub.folder / "snapshots")
+    downloads = hub.downloads
+    assert downloads > 0
     assert open_model("owner/name") == first
-    assert len(hub.downloads) == downloads
+    assert hub.downloads == downloads
 
 
 def test_a_newer_commit_is_another_model(hub: Hub) -> None:
@@ -38,9 +37,9 @@ def test_without_the_hub_the_newest_store_serves(hub: Hub) -> None:
     newest = open_model("owner/name")
     hub.reachable = False
     assert open_model("owner/name") == newest
-    with pytest.raises(SourceError, match="no route to host"):
+    with pytest.raises(SourceError, match="cannot be fetched from the Hub"):
         open_model("owner/name", bits=8)
-    with pytest.raises(SourceError, match="no route to host"):
+    with pytest.raises(SourceError, match="cannot be fetched from the Hub"):
         open_model("owner/other")
 
 

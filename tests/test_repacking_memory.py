@@ -1,4 +1,4 @@
-"""A repack needs memory for about one layer, however many there are."""
+"""A repack needs memory for what it reads ahead, however large the model is."""
 
 import json
 import shutil
@@ -11,10 +11,11 @@ from families import FAMILIES
 from mlx.utils import tree_flatten
 
 from flashmoe.checkpoint.architecture import build_model
+from flashmoe.repacking.stream import AHEAD_BYTES
 
 # 8 experts of 3 * 512 * 384 float32 numbers in each layer: 19 MB.
 LAYER_BYTES = 8 * 3 * 512 * 384 * 4
-ALLOWANCE_BYTES = 40_000_000
+ALLOWANCE_BYTES = 60_000_000
 
 MEASURE = """
 import sys
@@ -67,5 +68,5 @@ def test_memory_does_not_grow_with_the_model(large, tmp_path, bits):
         )
         peaks[n_layers] = int(ran.stdout)
         shutil.rmtree(store)
-    assert max(peaks.values()) < LAYER_BYTES + ALLOWANCE_BYTES
-    assert abs(peaks[12] - peaks[6]) < 10_000_000
+    assert max(peaks.values()) < AHEAD_BYTES + ALLOWANCE_BYTES
+    assert abs(peaks[12] - peaks[6]) < LAYER_BYTES

@@ -1,23 +1,25 @@
 """What a writer accepts as contents, and that all of it reaches the file."""
 
 import os
+import random
 
 import numpy as np
 import pytest
 from stores import (
     LAYER_FILE,
     RESIDENT_FILE,
-    RESIDENT_TENSORS,
     folder_content,
     layer_contents,
     layer_layout,
+    record_parts,
     write_one_layer,
 )
 
 from flashmoe.errors import StoreError
-from flashmoe.store.layout import TensorSpec
+from flashmoe.store.layout import TensorSpec, safetensors_header
+from flashmoe.store.manifest import JOURNAL_NAME
 from flashmoe.store.reader import is_store
-from flashmoe.store.writer import StoreWriter, sha256_file
+from flashmoe.store.writer import StoreWriter
 
 pytestmark = pytest.mark.usefixtures("fast_disk")
 
@@ -25,42 +27,51 @@ pytestmark = pytest.mark.usefixtures("fast_disk")
 def test_components_in_any_order(dest, one_layer_files):
     layout = layer_layout()
     contents = layer_contents(layout)
+    parts = [
+        (layout.record_offset(expert) + c.offset, record_parts(layout, contents, expert)[c.name])
+        for c in layout.record.components
+        for expert in range(layout.n_experts)
+    ]
+    random.Random(0).shuffle(parts)
     with StoreWriter(dest) as writer:
-        layer = writer.layer(layout)
-        for component in reversed(layout.record.components):
-            layer.write(component, contents[component.name])
-        layer.finish()
+        writer.create(layout.file, layout.header, layout.file_bytes)
+        for offset, part in parts:
+            writer.write(layout.file, offset, part)
     assert (dest / LAYER_FILE).read_bytes() == one_layer_files[0][LAYER_FILE]
 
 
 def test_any_buffer(dest):
     values = np.arange(12, dtype=np.float32).reshape(3, 4)
     tensor = TensorSpec("x", "F32", (3, 4))
+    header = safetensors_header([tensor])
     with StoreWriter(dest) as writer:
         for content in (values, memoryview(values), bytearray(values.tobytes())):
-            shard = writer.write_resident(RESIDENT_FILE, [tensor], [content])
+            writer.create(RESIDENT_FILE, header, len(header) + tensor.nbytes)
+            writer.write(RESIDENT_FILE, len(header), content)
+            writer.close(RESIDENT_FILE)
             assert (dest / RESIDENT_FILE).read_bytes()[16_384:] == values.tobytes()
-            assert shard.sha256 == sha256_file(dest / RESIDENT_FILE)
 
 
-@pytest.mark.parametrize("extra", [-1, 1])
-def test_a_tensor_of_another_length(dest, extra):
-    content = bytes(28 + extra)
-    with StoreWriter(dest) as writer, pytest.raises(StoreError, match=r"norm\.weight has"):
-        writer.write_resident(RESIDENT_FILE, [RESIDENT_TENSORS[1]], [content])
-
-
-@pytest.mark.parametrize("extra", [-1, 1])
-def test_a_component_of_another_length(dest, extra):
-    layout = layer_layout(0)
-    component = layout.record.components[2]
+def test_what_an_interrupted_run_wrote_is_there(dest):
     with StoreWriter(dest) as writer:
-        layer = writer.layer(layout)
-        with pytest.raises(StoreError, match=r"down_proj\.weight .* not 4 times 140"):
-            layer.write(component, bytes(560 + extra))
-        for part in layout.record.components:
-            layer.write(part, bytes(4 * part.nbytes))
-        layer.finish()
+        writer.create(RESIDENT_FILE, b"header", 20)
+        writer.write(RESIDENT_FILE, 10, b"whole")
+    with StoreWriter(dest, keep=lambda: True) as writer:
+        assert writer.resumed
+        writer.create(RESIDENT_FILE, b"header", 20)
+        writer.write(RESIDENT_FILE, 17, b"new")
+    assert (dest / RESIDENT_FILE).read_bytes() == b"header\0\0\0\0whole\0\0new"
+
+
+@pytest.mark.parametrize("options", [{}, {"keep": lambda: False}, {"force": True}])
+def test_what_an_interrupted_run_wrote_is_gone(dest, options):
+    with StoreWriter(dest) as writer:
+        writer.create(RESIDENT_FILE, b"header", 20)
+        (dest / JOURNAL_NAME).write_bytes(b"pages")
+    with StoreWriter(dest, **options) as writer:
+        assert not writer.resumed
+        assert not (dest / RESIDENT_FILE).exists()
+        assert not (dest / JOURNAL_NAME).exists()
 
 
 def test_a_checkpoint_file_called_like_the_manifest(dest, tmp_path):

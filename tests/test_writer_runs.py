@@ -4,13 +4,14 @@ import pytest
 from stores import (
     ONE_LAYER_FILES,
     RESIDENT_FILE,
-    RESIDENT_TENSORS,
     SOURCE,
     folder_content,
     layer_contents,
     layer_layout,
     resident_contents,
+    write_layer,
     write_one_layer,
+    write_resident,
     write_tiny,
 )
 
@@ -62,7 +63,7 @@ def test_force_works_on_nothing_and_on_the_incomplete(dest, one_layer_files):
 
 def test_leaving_without_commit(dest, one_layer_files):
     with StoreWriter(dest) as writer:
-        writer.write_resident(RESIDENT_FILE, RESIDENT_TENSORS, resident_contents())
+        write_resident(writer, resident_contents())
     assert not is_store(dest)
     with pytest.raises(StoreError, match="is not a complete flashmoe store"):
         open_store(dest)
@@ -71,12 +72,9 @@ def test_leaving_without_commit(dest, one_layer_files):
 
 
 def test_leaving_by_an_error_in_the_middle(dest, one_layer_files):
-    def contents():
-        yield resident_contents()[0]
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt), StoreWriter(dest) as writer:
-        writer.write_resident(RESIDENT_FILE, RESIDENT_TENSORS, contents())
+        writer.create(RESIDENT_FILE, b"header", 100)
+        raise KeyboardInterrupt
     assert not is_store(dest)
     write_one_layer(dest)
     assert folder_content(dest) == one_layer_files[0]
@@ -107,11 +105,7 @@ def test_the_lock_goes_with_the_commit(dest):
 def test_the_manifest_comes_last(dest):
     layout = layer_layout()
     with StoreWriter(dest) as writer:
-        layer = writer.layer(layout)
-        for component in layout.record.components:
-            layer.write(component, layer_contents(layout)[component.name])
-            assert not is_store(dest)
-        layer.finish()
+        write_layer(writer, layout, layer_contents(layout))
         assert not is_store(dest)
 
 

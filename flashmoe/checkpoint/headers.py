@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -51,6 +52,10 @@ class TensorInfo:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of a safetensors file by name.
@@ -58,17 +63,33 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises SourceError when the file is truncated or is not valid safetensors.
     """
     try:
-        file_bytes = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(MAX_HEADER_BYTES, file_bytes - 8):
-                raise SourceError(
-                    f"{path} is not a whole safetensors file (header of {length} bytes in a "
-                    f"file of {file_bytes}); download it again"
-                )
-            entries = json.loads(file.read(length), object_pairs_hook=_object)
+
+            def read(offset: int, size_bytes: int) -> bytes:
+                file.seek(offset)
+                return file.read(size_bytes)
+
+            return parse_header(str(path), path.stat().st_size, read)
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def parse_header(
+    path: str, file_bytes: int, read: Callable[[int, int], bytes]
+) -> dict[str, TensorInfo]:
+    """Every tensor of a safetensors file of `file_bytes`, of which `read(offset, size_bytes)`
+    gives any part; two are asked for.
+
+    Raises SourceError, which names `path`, when that is not valid safetensors.
+    """
+    length = int.from_bytes(read(0, 8), "little")
+    if not 2 <= length <= min(MAX_HEADER_BYTES, file_bytes - 8):
+        raise SourceError(
+            f"{path} is not a whole safetensors file (header of {length} bytes in a "
+            f"file of {file_bytes}); download it again"
+        )
+    try:
+        entries = json.loads(read(8, length), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path} has a header that is not JSON: {error}") from None
     if not isinstance(entries, dict):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashmoe.checkpoint.headers import TensorInfo, read_header
+from flashmoe.checkpoint.files import LocalFile, SourceFile, header_of
+from flashmoe.checkpoint.headers import TensorInfo
+from flashmoe.checkpoint.hub import HubFile, endpoint
 from flashmoe.errors import SourceError
 
 # Everything of a checkpoint that is neither weights nor code, and the licences that must travel.
@@ -21,20 +25,34 @@ COPIED_PATTERNS = (
     "NOTICE*",
 )
 HUB_TIMEOUT_SECONDS = 10.0
+HEADERS_AT_ONCE = 8
 WEIGHT_PATTERN = "model*.safetensors"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on this disk; `repo` is its Hub id or its folder's name."""
+    """A checkpoint: its small files in a folder, its weights there too or on the Hub.
+
+    `repo` is its Hub id or its folder's name, `revision` a commit. `remote` has the weight files
+    of a Hub checkpoint, wherever each of them is, and is empty for a folder.
+    """
 
     folder: Path
     repo: str
     revision: str | None = None
+    remote: tuple[SourceFile, ...] = ()
 
     @property
-    def weight_files(self) -> list[Path]:
-        return sorted(self.folder.glob(WEIGHT_PATTERN))
+    def weight_files(self) -> list[SourceFile]:
+        """In the order of their names, which is the order of their tensors."""
+        return list(self.remote) or [
+            LocalFile(path) for path in sorted(self.folder.glob(WEIGHT_PATTERN))
+        ]
+
+    @property
+    def where(self) -> str:
+        """What to call it: its folder, or its Hub id."""
+        return str(self.folder) if self.revision is None else self.repo
 
     @property
     def copied_files(self) -> list[Path]:
@@ -52,18 +70,20 @@ def is_hub_id(text: str) -> bool:
 def hub_commit(repo: str, revision: str | None = None) -> str | None:
     """The commit that a Hub model's revision stands for now, or None when the Hub does not say
     (out of reach, no such model, no access)."""
-    from huggingface_hub import model_info
+    from huggingface_hub import HfApi
 
     try:
-        return model_info(repo, revision=revision, timeout=HUB_TIMEOUT_SECONDS).sha
+        api = HfApi(endpoint=endpoint())
+        return api.model_info(repo, revision=revision, timeout=HUB_TIMEOUT_SECONDS).sha
     except Exception:  # whatever it is, `resolve` meets it again and says so
         return None
 
 
 def resolve(source: str | Path, revision: str | None = None) -> Checkpoint:
-    """Find a checkpoint: a folder as it is, a Hub id by way of the local Hub cache.
+    """Find a checkpoint: a folder as it is, a Hub id with its small files in the Hub cache.
 
-    Raises SourceError when there is neither, or when the Hub cannot be reached.
+    Weight files that the Hub cache has are used; no other is downloaded. Raises SourceError when
+    there is neither folder nor model, or when the Hub cannot be reached.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -72,48 +92,97 @@ def resolve(source: str | Path, revision: str | None = None) -> Checkpoint:
         raise SourceError(
             f"{source} is neither a checkpoint folder nor a Hub id such as Qwen/Qwen3-30B-A3B"
         )
-    from huggingface_hub import snapshot_download
-
     try:
-        snapshot = Path(
-            snapshot_download(
-                str(source),
-                revision=revision,
-                allow_patterns=[*COPIED_PATTERNS, WEIGHT_PATTERN],
-            )
-        )
-    except KeyboardInterrupt:
+        return _on_the_hub(str(source), revision)
+    except (KeyboardInterrupt, SourceError):
         raise
     except Exception as error:  # the Hub client raises a dozen unrelated types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cached = _in_the_cache(str(source), revision)
+        if cached is not None:
+            return cached
         raise SourceError(f"{source} cannot be fetched from the Hub: {reason}") from error
-    return Checkpoint(snapshot, str(source), snapshot.name)
 
 
-def check_files(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+def _on_the_hub(repo: str, revision: str | None) -> Checkpoint:
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+
+    info = HfApi(endpoint=endpoint()).model_info(
+        repo, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT_SECONDS
+    )
+    commit = info.sha
+    if commit is None:
+        raise SourceError(f"the Hub does not say at which commit {repo} is")
+    snapshot = snapshot_download(
+        repo, revision=commit, allow_patterns=list(COPIED_PATTERNS), endpoint=endpoint()
+    )
+    files: list[SourceFile] = []
+    for sibling in sorted(info.siblings or [], key=lambda sibling: sibling.rfilename):
+        name = sibling.rfilename
+        if not fnmatch.fnmatchcase(name, WEIGHT_PATTERN) or "/" in name:
+            continue
+        cached = try_to_load_from_cache(repo, name, revision=commit)
+        if isinstance(cached, str):
+            files.append(LocalFile(Path(cached)))
+        elif sibling.size is None:
+            raise SourceError(f"the Hub does not say how large {name} of {repo} is")
+        else:
+            sha256 = sibling.lfs.sha256 if sibling.lfs is not None else None
+            blob = sibling.blob_id or ""
+            files.append(HubFile(repo, commit, name, sibling.size, sha256, blob))
+    if not files:
+        raise SourceError(f"{repo} has no {WEIGHT_PATTERN} on the Hub; it holds no weights")
+    return Checkpoint(Path(snapshot), repo, commit, tuple(files))
+
+
+def _in_the_cache(repo: str, revision: str | None) -> Checkpoint | None:
+    """What the Hub cache has of a model, if that is all of it; for when the Hub does not answer."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        checkpoint = Checkpoint(snapshot, repo, snapshot.name)
+        check_files(checkpoint)
+    except Exception:  # then the Hub's own answer is what counts
+        return None
+    return checkpoint
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of a checkpoint: in which of its weight files, and where there."""
+
+    file: int
+    info: TensorInfo
+
+
+def check_files(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
     """Every tensor of the checkpoint by name, once each weight file is known to be whole.
 
-    Raises SourceError naming a file that is missing or truncated.
+    Of files on the Hub, only the headers are fetched. Raises SourceError naming a file that is
+    missing or truncated.
     """
+    files = checkpoint.weight_files
     index = checkpoint.folder / "model.safetensors.index.json"
     if index.is_file():
         try:
             listed = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            missing = [name for name in listed if not (checkpoint.folder / name).is_file()]
+            have = {file.name for file in files}
+            missing = [
+                name
+                for name in listed
+                if name not in have and not (checkpoint.folder / name).is_file()
+            ]
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise SourceError(f"{index} is not a safetensors index") from None
         if missing:
-            raise SourceError(f"{checkpoint.folder} lacks {missing[0]}, which its index lists")
-    if not checkpoint.weight_files:
+            raise SourceError(f"{checkpoint.where} lacks {missing[0]}, which its index lists")
+    if not files:
         raise SourceError(f"{checkpoint.folder} has no {WEIGHT_PATTERN}; it holds no weights")
-    tensors: dict[str, TensorInfo] = {}
-    for path in checkpoint.weight_files:
-        tensors.update(read_header(path))
-    return tensors
-
-
-def hub_digest(path: Path) -> str | None:
-    """The SHA-256 by which the Hub cache names a large file, or None for any other file."""
-    blob = path.resolve()
-    is_blob = blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
-    return blob.name if is_blob else None
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        headers = list(pool.map(header_of, files))
+    return {
+        name: SourceTensor(file, info)
+        for file, header in enumerate(headers)
+        for name, info in header.items()
+    }

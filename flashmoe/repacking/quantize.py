@@ -12,6 +12,7 @@ from mlx.utils import tree_map_with_path
 
 from flashmoe.checkpoint.architecture import PROJECTION_TYPES, expert_modules, projections_of
 from flashmoe.errors import OptionError
+from flashmoe.store.layout import Quantization
 
 BITS = (2, 3, 4, 5, 6, 8, 16, 32)
 GROUP_SIZES = (32, 64, 128)
@@ -81,6 +82,13 @@ def quantize_lazily(model: nn.Module, precision: Precision) -> nn.Module:
 
     nn.quantize(model, class_predicate=predicate)
     return model
+
+
+def pack(rows: mx.array, packing: Quantization) -> list[mx.array]:
+    """The parts of some rows `[..., d_in]` of a weight, packed: weight, scales and, where the mode
+    has them, biases. The rows of a whole weight give the rows of the whole's parts."""
+    parts = mx.quantize(rows, group_size=packing.group_size, bits=packing.bits, mode=packing.mode)
+    return list(parts)
 
 
 def _is_inside(path: str, modules: dict[str, nn.Module]) -> bool:

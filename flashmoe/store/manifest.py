@@ -13,6 +13,7 @@ from flashmoe.store.layout import LayerLayout, Quantization, TensorSpec, safeten
 
 MANIFEST_NAME = "flashmoe.json"
 LOCK_NAME = "repack.lock"
+JOURNAL_NAME = "repack.journal"
 FORMAT = "flashmoe"
 VERSION = 1
 

@@ -12,21 +12,12 @@ import hashlib
 import json
 import os
 import shutil
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 from flashmoe.errors import StoreError
-from flashmoe.store.layout import Component, LayerLayout, TensorSpec, safetensors_header
-from flashmoe.store.manifest import (
-    LOCK_NAME,
-    MANIFEST_NAME,
-    LayerFile,
-    Manifest,
-    ResidentFile,
-    to_json,
-)
+from flashmoe.store.manifest import JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME, Manifest, to_json
 
 HASH_CHUNK_BYTES = 8 * 2**20
 
@@ -43,13 +34,17 @@ class StoreWriter:
     """Owns a destination folder from opening until `commit`; use it as a context manager.
 
     Leaving without `commit` keeps the lock file, which marks the folder as an incomplete store
-    that a later run may write over. Raises StoreError when the folder holds a complete store
-    (unless `force`), something that is no store, or is being written by another process.
+    that a later run may write over, or go on with: `keep`, asked once the folder is this
+    writer's, says whether what an interrupted run left stays. Raises StoreError when the folder
+    holds a complete store (unless `force`), something that is no store, or is being written by
+    another process.
     """
 
-    def __init__(self, folder: Path, *, force: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, force: bool = False, keep: Callable[[], bool] | None = None
+    ) -> None:
         self.folder = folder
-        self._layers: list[LayerWriter] = []
+        self._descriptors: dict[str, int] = {}
         refuse_unless_ours(folder, force)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +54,9 @@ class StoreWriter:
         try:
             # Again, because another process may have finished a store before the lock was ours.
             refuse_unless_ours(folder, force)
-            self._clear()
+            self.resumed = not force and keep is not None and keep()
+            if not self.resumed:
+                self._clear()
         except OSError as error:
             os.close(self._lock)
             raise StoreError(f"{folder} cannot be written: {error.strerror}") from error
@@ -68,15 +65,16 @@ class StoreWriter:
             raise
 
     def _clear(self) -> None:
-        """Remove the store or the remains that are here, the manifest first: from then on the
-        folder is incomplete. Files copied from a source are known by name, from the manifest
-        or from the lock file that an interrupted run left."""
-        ours = {*_copied_names(self.folder), *_journal(self.folder)}
+        """Remove the store or the remains that are here, first what says that there is any: from
+        then on the folder is incomplete, and no run goes on with it. Files copied from a source
+        are known by name, from the manifest or from the lock file that an interrupted run left."""
+        ours = {*_copied_names(self.folder), *_noted_names(self.folder)}
         for name in ours:
             self._note(name)
-        os.fsync(self._lock)
-        (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
-        _sync_folder(self.folder)
+        sync_descriptor(self._lock)
+        for name in (MANIFEST_NAME, JOURNAL_NAME):
+            (self.folder / name).unlink(missing_ok=True)
+        sync_folder(self.folder)
         (self.folder / "experts").mkdir(exist_ok=True)
         stale = [*self.folder.glob("resident-*.safetensors"), *self.folder.glob("experts/layer-*")]
         stale += [self.folder / name for name in ours]
@@ -95,35 +93,30 @@ class StoreWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for layer in self._layers:
-            layer.close()
+        for name in list(self._descriptors):
+            self.close(name)
         os.close(self._lock)
 
-    def write_resident(
-        self, file: str, tensors: Sequence[TensorSpec], contents: Iterable[Bytes]
-    ) -> ResidentFile:
-        """Write one resident shard; `contents` yields each tensor's bytes in order."""
-        digest = hashlib.sha256()
-        crcs = []
-        with (self.folder / file).open("wb", buffering=0) as out:
-            header = safetensors_header(tensors)
-            digest.update(header)
-            _write_all(out.fileno(), header)
-            for tensor, content in zip(tensors, contents, strict=True):
-                view = memoryview(content).cast("B")
-                if len(view) != tensor.nbytes:
-                    raise StoreError(f"{tensor.name} has {len(view)} bytes, not {tensor.nbytes}")
-                digest.update(view)
-                crcs.append(f"{zlib.crc32(view):08x}")
-                _write_all(out.fileno(), view)
-            os.fsync(out.fileno())
-        return ResidentFile(file, tuple(tensors), digest.hexdigest(), "".join(crcs))
+    def create(self, name: str, header: bytes, size_bytes: int) -> None:
+        """Make a file of the store, or open the one that an interrupted run left. What is not
+        written of it stays a hole."""
+        path = self.folder / name
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._descriptors[name] = descriptor
+        if os.fstat(descriptor).st_size != size_bytes:
+            os.ftruncate(descriptor, size_bytes)
+        _write_at(descriptor, header, 0)
 
-    def layer(self, layout: LayerLayout) -> LayerWriter:
-        """Open one layer's file for writing its components in any order."""
-        writer = LayerWriter(self.folder / layout.file, layout)
-        self._layers.append(writer)
-        return writer
+    def write(self, name: str, offset: int, content: Bytes) -> None:
+        """Put bytes at their place in a file that was created and not closed."""
+        _write_at(self._descriptors[name], content, offset)
+
+    def sync(self, name: str) -> None:
+        """Wait until a file is on disk."""
+        sync_descriptor(self._descriptors[name])
+
+    def close(self, name: str) -> None:
+        os.close(self._descriptors.pop(name))
 
     def copy(self, path: Path) -> str:
         """Copy a small file to the top of the store; returns its SHA-256.
@@ -136,8 +129,13 @@ class StoreWriter:
         target = self.folder / path.name
         shutil.copyfile(path, target)
         with target.open("rb") as file:
-            os.fsync(file.fileno())
+            sync_descriptor(file.fileno())
         return sha256_file(target)
+
+    def sync_folders(self) -> None:
+        """Wait until the names of the store's files are on disk."""
+        sync_folder(self.folder / "experts")
+        sync_folder(self.folder)
 
     def commit(self, manifest: Manifest) -> None:
         """Put the manifest in place: from now on the store is complete."""
@@ -145,63 +143,12 @@ class StoreWriter:
         with pending.open("w") as out:
             out.write(to_json(manifest))
             out.flush()
-            os.fsync(out.fileno())
-        _sync_folder(self.folder / "experts")
-        _sync_folder(self.folder)
+            sync_descriptor(out.fileno())
+        self.sync_folders()
         pending.replace(self.folder / MANIFEST_NAME)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
+        (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
         (self.folder / LOCK_NAME).unlink()
-
-
-class LayerWriter:
-    """One layer file, filled component by component so that a projection is all it needs."""
-
-    def __init__(self, path: Path, layout: LayerLayout) -> None:
-        self._path = path
-        self._layout = layout
-        self._crcs: dict[str, list[str]] = {}
-        self._file = path.open("w+b", buffering=0)
-        try:
-            self._file.truncate(layout.file_bytes)
-            _write_all(self._file.fileno(), layout.header)
-        except BaseException:
-            self._file.close()
-            raise
-
-    def close(self) -> None:
-        """Give the file back; closing twice is fine."""
-        self._file.close()
-
-    def write(self, component: Component, content: Bytes) -> None:
-        """Scatter a component of all experts, `[n_experts, *component.shape]` row-contiguous."""
-        view = memoryview(content).cast("B")
-        size = component.nbytes
-        if len(view) != size * self._layout.n_experts:
-            raise StoreError(
-                f"{self._layout.path}.{component.name} has {len(view)} bytes, "
-                f"not {self._layout.n_experts} times {size}"
-            )
-        crcs = []
-        for expert in range(self._layout.n_experts):
-            part = view[expert * size : (expert + 1) * size]
-            crcs.append(f"{zlib.crc32(part):08x}")
-            offset = self._layout.record_offset(expert) + component.offset
-            while part:
-                written = os.pwrite(self._file.fileno(), part, offset)
-                part, offset = part[written:], offset + written
-        self._crcs[component.name] = crcs
-
-    def finish(self) -> LayerFile:
-        """Hash and close the file; every component must have been written."""
-        columns = [self._crcs[c.name] for c in self._layout.record.components]
-        crc32 = "".join(crc for record in zip(*columns, strict=True) for crc in record)
-        self._file.seek(0)
-        digest = hashlib.sha256()
-        while chunk := self._file.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return LayerFile(self._layout, digest.hexdigest(), crc32)
 
 
 def refuse_unless_ours(folder: Path, force: bool) -> None:
@@ -236,7 +183,7 @@ def _lock(folder: Path) -> int:
         os.close(descriptor)
 
 
-def _journal(folder: Path) -> list[str]:
+def _noted_names(folder: Path) -> list[str]:
     """Names that an interrupted run noted in its lock file before copying them."""
     names = (folder / LOCK_NAME).read_text(errors="replace").splitlines()
     return [name for name in names if name and Path(name).name == name]
@@ -257,9 +204,28 @@ def _write_all(descriptor: int, content: Bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _sync_folder(folder: Path) -> None:
+def _write_at(descriptor: int, content: Bytes, offset: int) -> None:
+    view = memoryview(content).cast("B")
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def sync_descriptor(descriptor: int) -> None:
+    """fsync, which on a Mac leaves things in the drive's own cache unless told otherwise."""
+    full_sync: int | None = getattr(fcntl, "F_FULLFSYNC", None)
+    if full_sync is None:
+        os.fsync(descriptor)
+        return
+    try:
+        fcntl.fcntl(descriptor, full_sync)
+    except OSError:  # not every file system has it
+        os.fsync(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync_descriptor(descriptor)
     finally:
         os.close(descriptor)

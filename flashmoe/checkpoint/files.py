@@ -1,0 +1,91 @@
+"""A checkpoint's weight files as byte ranges, wherever they are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Protocol
+
+from flashmoe.checkpoint.headers import TensorInfo, parse_header
+from flashmoe.errors import SourceError
+
+
+class SourceFile(Protocol):
+    """One weight file. `version` changes when its content may have; `sha256` is its hash where
+    that is known without reading it, and `trusted` says that nothing need be hashed for it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def sha256(self) -> str | None: ...
+    @property
+    def trusted(self) -> bool: ...
+    @property
+    def path(self) -> Path | None:
+        """Where it lies on this disk, if it does."""
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill `out` with the bytes from `offset` on; may be called from several threads.
+
+        Raises SourceError when they cannot be had.
+        """
+
+    def stop(self) -> None:
+        """Make reads that wait for something give up soon."""
+
+
+def header_of(file: SourceFile) -> dict[str, TensorInfo]:
+    """The tensors of a weight file by name. Raises SourceError as `parse_header` does."""
+
+    def read(offset: int, size_bytes: int) -> bytes:
+        content = bytearray(min(size_bytes, max(file.size_bytes - offset, 0)))
+        file.read_into(offset, memoryview(content))
+        return bytes(content)
+
+    return parse_header(str(file.path or file.name), file.size_bytes, read)
+
+
+class LocalFile:
+    """A weight file on this disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path: Path | None = path
+        self.name = path.name
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read: {error.strerror}") from None
+        self.size_bytes = status.st_size
+        self.sha256 = hub_digest(path)
+        # The Hub cache names large files by their hash.
+        self.trusted = self.sha256 is not None
+        self.version = self.sha256 or f"{status.st_mtime_ns}"
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        try:
+            # Opened for each read: a model may have more files than a process may open.
+            with Path(str(self.path)).open("rb", buffering=0) as file:
+                file.seek(offset)
+                while out:
+                    done = file.readinto(out)
+                    if not done:
+                        raise SourceError(
+                            f"{self.path} ended at {offset} while it was read; is it changing?"
+                        )
+                    out, offset = out[done:], offset + done
+        except OSError as error:
+            raise SourceError(f"{self.path} cannot be read: {error.strerror}") from error
+
+    def stop(self) -> None:
+        """Reads of a disk wait for nothing."""
+
+
+def hub_digest(path: Path) -> str | None:
+    """The SHA-256 by which the Hub cache names a large file, or None for any other file."""
+    blob = path.resolve()
+    is_blob = blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
+    return blob.name if is_blob else None

@@ -1,0 +1,105 @@
+"""The mlx-lm model of a checkpoint whose tensors nobody has read yet."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.utils import load_model
+
+from flashmoe.checkpoint.architecture import build_model, model_classes
+from flashmoe.checkpoint.config import Config, read_config
+from flashmoe.checkpoint.headers import TensorInfo
+from flashmoe.checkpoint.source import Checkpoint
+from flashmoe.checkpoint.weights import Weights, adapting
+from flashmoe.errors import SourceError
+from flashmoe.repacking.graph import Graph, trace
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with arrays that are read when they are evaluated, and how its parameters follow
+    from the source's tensors (None when that cannot be told without reading them)."""
+
+    model: nn.Module
+    config: Config
+    graph: Graph | None
+
+
+def load_lazily(
+    checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], *, outlined: bool
+) -> Loaded:
+    """The checkpoint's mlx-lm model, nothing evaluated.
+
+    `outlined` loads a file that has `tensors` as its header and no data instead of the
+    checkpoint's own, which need not be there then; nothing must be evaluated of that.
+    Raises SourceError when the config or the tensors are not what the family expects.
+    """
+    _, config = build_model(read_config(checkpoint.folder))
+    packing = config.get("quantization_config") or {}
+    if config.get("quantize_activations") or packing.get("quant_method") == "bitnet":
+        raise SourceError(
+            f"{checkpoint.repo} quantizes activations, which streamed experts do not support"
+        )
+    model_class, args_class = model_classes(config)
+    traced = _Traced(adapting(model_class))
+    with tempfile.TemporaryDirectory(prefix="flashmoe-") as scratch:
+        folder = checkpoint.folder
+        if outlined:
+            folder = Path(scratch)
+            _outline(folder, tensors)
+            for path in checkpoint.folder.glob("*config.json"):
+                (folder / path.name).write_bytes(path.read_bytes())
+        try:
+            model, config = load_model(
+                folder,
+                lazy=True,
+                model_config=config,
+                get_model_classes=lambda config: (traced.model_class, args_class),
+            )
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            # mlx-lm names the tensors on the lines after the first.
+            reason = " ".join(line.strip() for line in lines[:2])[:300]
+            raise SourceError(
+                f"{checkpoint.repo} is not a {config['model_type']} checkpoint that mlx-lm can "
+                f"load: {reason}"
+            ) from error
+    return Loaded(model, config, traced.graph)
+
+
+class _Traced:
+    """A model class whose `sanitize` leaves its graph here."""
+
+    def __init__(self, model_class: type[nn.Module]) -> None:
+        self.graph: Graph | None = None
+
+        def sanitize(model: nn.Module, weights: Weights) -> Weights:
+            inherited: Any = super(self.model_class, model)
+            self.graph = trace(inherited.sanitize, weights)
+            result: Weights = inherited.sanitize(weights)
+            return result
+
+        self.model_class = type(model_class.__name__, (model_class,), {"sanitize": sanitize})
+
+
+def _outline(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """A safetensors file with a header and a hole for data."""
+    header: dict[str, object] = {}
+    offset = 0
+    for name, info in tensors.items():
+        header[name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.nbytes],
+        }
+        offset += info.nbytes
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)

@@ -1,0 +1,84 @@
+"""The bytes of a piece of the store, out of the bytes of the source."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from flashmoe.checkpoint.files import SourceFile
+from flashmoe.checkpoint.source import SourceTensor
+from flashmoe.dtypes import MLX_DTYPES, array_bytes
+from flashmoe.errors import SourceError
+from flashmoe.repacking.graph import Graph
+from flashmoe.repacking.quantize import pack
+from flashmoe.repacking.rows import Step, rows
+from flashmoe.repacking.schedule import Parameter, Piece, span_of
+
+# Of what is asked for out of turn (scales of what comes by), this much is remembered.
+REMEMBERED_BYTES = 32 * 2**20
+
+
+class Maker:
+    """Makes pieces of a schedule over one source."""
+
+    def __init__(
+        self, graph: Graph, tensors: Mapping[str, SourceTensor], files: Sequence[SourceFile]
+    ) -> None:
+        self._graph = graph
+        self._tensors = tensors
+        self._files = files
+        self._remembered: OrderedDict[tuple[int, int, int], memoryview] = OrderedDict()
+
+    def make(
+        self, parameter: Parameter, piece: Piece, begin: int, here: memoryview
+    ) -> list[memoryview]:
+        """What goes into each sink of `parameter`; `here` is what the piece's source file has
+        from byte `begin` on. Raises SourceError when other bytes that are needed cannot be read.
+        """
+
+        def read(leaf: Step) -> memoryview:
+            file, first, last = span_of(leaf, self._tensors)
+            if file == piece.file and begin <= first and last <= begin + len(here):
+                return here[first - begin : last - begin]
+            return self._fetch(file, first, last)
+
+        step = rows(self._graph, self._graph.targets[parameter.name], piece.begin, piece.end)
+        if step.is_plain and parameter.packing is None and self._keeps_dtype(parameter):
+            return [read(next(step.leaves()))]
+        try:
+            result = step.evaluate(lambda leaf: self._array(leaf, read(leaf)))
+            if parameter.packing is not None:
+                parts = pack(result, parameter.packing)
+            else:
+                parts = [result.astype(MLX_DTYPES[parameter.dtype])]
+            mx.eval(parts)
+        except (RuntimeError, ValueError) as error:
+            raise SourceError(f"{parameter.name} cannot be made of its tensors: {error}") from error
+        return [array_bytes(part) for part in parts]
+
+    def _keeps_dtype(self, parameter: Parameter) -> bool:
+        value = self._graph.targets[parameter.name]
+        return self._graph.arrays[value].dtype == parameter.dtype
+
+    def _array(self, leaf: Step, content: memoryview) -> mx.array:
+        info = self._tensors[leaf.leaf].info
+        shape = (leaf.end - leaf.begin, *info.shape[1:]) if info.shape else ()
+        dtype = MLX_DTYPES.get(info.dtype, mx.uint8)
+        flat = mx.array(np.frombuffer(content, np.uint8))
+        return flat.view(dtype).reshape(shape)
+
+    def _fetch(self, file: int, first: int, last: int) -> memoryview:
+        key = (file, first, last)
+        found = self._remembered.get(key)
+        if found is not None:
+            self._remembered.move_to_end(key)
+            return found
+        content = np.empty(last - first, np.uint8).data
+        self._files[file].read_into(first, content)
+        self._remembered[key] = content
+        while sum(map(len, self._remembered.values())) > REMEMBERED_BYTES:
+            self._remembered.popitem(last=False)
+        return content
