@@ -42,6 +42,8 @@ class Hub:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        # Another host, as far as anyone can tell from the address.
+        self.elsewhere = f"http://localhost:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
 
@@ -157,7 +159,7 @@ class Hub:
                     self.answer(200, content, ETag=etag, **common)
                     return
                 etag = f'"{hashlib.sha256(content).hexdigest()}"'
-                location = f"{hub.endpoint}/signed/{hub.epoch}/{name}"
+                location = f"{hub.elsewhere}/signed/{hub.epoch}/{name}"
                 self.answer(
                     302,
                     b"",
@@ -174,8 +176,12 @@ class Hub:
                 if epoch != str(hub.epoch):
                     self.answer(403, b"expired")
                     return
+                if not (hub.files / name).is_file():
+                    self.answer(404, b"")
+                    return
                 content = (hub.files / name).read_bytes()
-                begin, _, end = self.headers["Range"].removeprefix("bytes=").partition("-")
+                stated = self.headers.get("Range", f"bytes=0-{len(content) - 1}")
+                begin, _, end = stated.removeprefix("bytes=").partition("-")
                 first, last = int(begin), int(end)
                 body = content[first : last + 1]
                 stated = f"bytes {first}-{last}/{len(content)}"
@@ -204,8 +210,9 @@ class Hub:
                     if fault == "corrupt":
                         body = bytes([body[0] ^ 1]) + body[1:] if first > 8 else body
                     self.answer(206, body, Content_Range=stated)
-                    with hub.lock:
-                        hub.ranges.append((name, first, last + 1))
+                    if self.command == "GET":
+                        with hub.lock:
+                            hub.ranges.append((name, first, last + 1))
 
         return Handler
 

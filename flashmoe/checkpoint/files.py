@@ -84,6 +84,25 @@ class LocalFile:
         """Reads of a disk wait for nothing."""
 
 
+class ConsumedFile:
+    """A weight file that is not there any more, because a store has all that was in it."""
+
+    path: Path | None = None
+    sha256: str | None = None
+    trusted = False
+
+    def __init__(self, name: str, size_bytes: int, version: str) -> None:
+        self.name = name
+        self.size_bytes = size_bytes
+        self.version = version
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        raise SourceError(f"{self.name} was consumed and cannot be read again")
+
+    def stop(self) -> None:
+        """Nothing waits for what is not there."""
+
+
 def hub_digest(path: Path) -> str | None:
     """The SHA-256 by which the Hub cache names a large file, or None for any other file."""
     blob = path.resolve()

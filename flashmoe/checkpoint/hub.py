@@ -159,10 +159,11 @@ class HubFile:
             self._location = location
 
     def _refused(self, url: str, status: int) -> str:
-        with self._lock:
-            if url == self._location:
-                self._location = None
-                return f"its address answers {status}"
+        if url != self._url:
+            with self._lock:
+                if url == self._location:
+                    self._location = None
+            return f"its address answers {status}"
         if status == 404:
             raise SourceError(f"{self._repo} has no {self.name} any more")
         raise SourceError(

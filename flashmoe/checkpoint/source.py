@@ -33,19 +33,19 @@ WEIGHT_PATTERN = "model*.safetensors"
 class Checkpoint:
     """A checkpoint: its small files in a folder, its weights there too or on the Hub.
 
-    `repo` is its Hub id or its folder's name, `revision` a commit. `remote` has the weight files
-    of a Hub checkpoint, wherever each of them is, and is empty for a folder.
+    `repo` is its Hub id or its folder's name, `revision` a commit. `elsewhere` has the weight
+    files where not all of them are in the folder, wherever each of them is.
     """
 
     folder: Path
     repo: str
     revision: str | None = None
-    remote: tuple[SourceFile, ...] = ()
+    elsewhere: tuple[SourceFile, ...] = ()
 
     @property
     def weight_files(self) -> list[SourceFile]:
         """In the order of their names, which is the order of their tensors."""
-        return list(self.remote) or [
+        return list(self.elsewhere) or [
             LocalFile(path) for path in sorted(self.folder.glob(WEIGHT_PATTERN))
         ]
 

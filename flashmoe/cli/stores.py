@@ -56,14 +56,25 @@ def repack(
         str | None,
         typer.Option(metavar="REV", help="Branch, tag or commit on the Hub.", show_default=False),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a complete store.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace a complete store; begin an unfinished one again."),
+    ] = False,
+    consume: Annotated[
+        bool,
+        typer.Option("--consume", help="Delete each weight file once the store has all of it."),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before --consume.")] = False,
     json: options.Json = False,
 ) -> None:
     """Turn a checkpoint into a store that streams.
 
-    Quantized MLX checkpoints are repacked bit for bit; float ones are quantized. The store
-    looks complete only once it is: interrupting loses nothing but the work.
+    Quantized MLX checkpoints are repacked bit for bit; float ones are quantized. A model on the
+    Hub is fetched piece by piece, and nothing of it is kept but the store. The store looks
+    complete only once it is; the same command goes on where an interrupted one stopped.
     """
+    if consume and not yes:
+        _ask_before_consuming(source)
     from flashmoe.cli.console import byte_progress, out, print_json
 
     started = time.perf_counter()
@@ -79,6 +90,7 @@ def repack(
             resident_bits=resident_bits,
             revision=revision,
             force=force,
+            consume=consume,
             progress=progress,
         )
     seconds = time.perf_counter() - started
@@ -91,6 +103,18 @@ def repack(
     out.print(
         f"{format_size(written)} in {format_duration(seconds)}; "
         f"run it with: flashmoe chat {escape(str(store.path))}"
+    )
+
+
+def _ask_before_consuming(source: str) -> None:
+    import sys
+
+    from flashmoe.errors import OptionError
+
+    if not sys.stdin.isatty():
+        raise OptionError(f"--consume deletes the weight files of {source}; confirm it with --yes")
+    typer.confirm(
+        f"Delete each weight file of {source} once the store has all of it?", abort=True, err=True
     )
 
 

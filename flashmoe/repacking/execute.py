@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from flashmoe.checkpoint.architecture import probe_routing
-from flashmoe.checkpoint.source import Checkpoint, check_files, resolve
+from flashmoe.checkpoint.files import ConsumedFile, LocalFile, SourceFile
+from flashmoe.checkpoint.headers import TensorInfo
+from flashmoe.checkpoint.source import Checkpoint, SourceTensor, check_files, resolve
 from flashmoe.dtypes import array_bytes
 from flashmoe.errors import OptionError, SourceError, StoreError
 from flashmoe.repacking.checksums import checksums
@@ -64,9 +66,18 @@ def repack(
     refuse_unless_ours(folder, force)
     if is_store(Path(source).expanduser()):
         raise SourceError(f"{source} is a store already; repack the checkpoint it was made from")
-    job = _prepare(resolve(source, revision), precision, asked)
+    checkpoint = resolve(source, revision)
+    before = None if force else begun(folder)
+    if before is not None and "tensors" in before:
+        checkpoint, tensors = _as_begun(checkpoint, before)
+    else:
+        tensors = check_files(checkpoint)
+    job = _prepare(checkpoint, tensors, precision, asked)
     if consume:
         _check_consumable(job)
+        job.identity["tensors"] = {
+            name: [tensor.file, *astuple(tensor.info)] for name, tensor in tensors.items()
+        }
     return _execute(job, folder, force=force, consume=consume, progress=progress)
 
 
@@ -83,10 +94,25 @@ class _Job:
     identity: Entry
 
 
-def _prepare(checkpoint: Checkpoint, precision: Precision, asked: bool) -> _Job:
-    tensors = check_files(checkpoint)
+def _as_begun(checkpoint: Checkpoint, before: Entry) -> tuple[Checkpoint, dict[str, SourceTensor]]:
+    """A folder's checkpoint with the weight files that an interrupted run has consumed, and the
+    tensors that were in all of them."""
+    files: list[SourceFile] = []
+    for name, size_bytes, version in before["files"]:
+        path = checkpoint.folder / name
+        files.append(LocalFile(path) if path.exists() else ConsumedFile(name, size_bytes, version))
+    tensors = {
+        name: SourceTensor(file, TensorInfo(dtype, tuple(shape), begin, end))
+        for name, (file, dtype, shape, begin, end) in before["tensors"].items()
+    }
+    return replace(checkpoint, elsewhere=tuple(files)), tensors
+
+
+def _prepare(
+    checkpoint: Checkpoint, tensors: dict[str, SourceTensor], precision: Precision, asked: bool
+) -> _Job:
     outline = {name: tensor.info for name, tensor in tensors.items()}
-    loaded = load_lazily(checkpoint, outline, outlined=bool(checkpoint.remote))
+    loaded = load_lazily(checkpoint, outline, outlined=bool(checkpoint.elsewhere))
     model, config, graph = loaded.model, loaded.config, loaded.graph
     routing = probe_routing(config)
     if any("scales" in module for _, module in model.named_modules()):
@@ -100,7 +126,7 @@ def _prepare(checkpoint: Checkpoint, precision: Precision, asked: bool) -> _Job:
     plan = plan_repack(model, config, routing)
     files = checkpoint.weight_files
     order = schedule(plan, graph, tensors, len(files))
-    if order.late and checkpoint.remote:
+    if order.late and checkpoint.elsewhere:
         names = [order.parameters[index].name for index in order.late]
         raise SourceError(
             f"{len(names)} tensors of {checkpoint.repo} ({names[0]}) cannot be made from byte "
