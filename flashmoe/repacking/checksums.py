@@ -53,7 +53,8 @@ def checksums(schedule: Schedule, crcs: memoryview, late: Mapping[int, bytes]) -
 
 
 def _joined(stretches: list[tuple[int, int, int]]) -> int:
-    total = 0
-    for _, n_bytes, crc in sorted(stretches):
+    crcs = [(n_bytes, crc) for _, n_bytes, crc in sorted(stretches)]
+    total = crcs[0][1] if crcs else 0
+    for n_bytes, crc in crcs[1:]:
         total = combine_crc32(total, crc, n_bytes)
     return total
