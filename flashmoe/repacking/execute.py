@@ -19,7 +19,7 @@ from flashmoe.dtypes import array_bytes
 from flashmoe.errors import OptionError, SourceError, StoreError
 from flashmoe.repacking.identity import SourceHasher
 from flashmoe.repacking.plan import RepackPlan, plan_repack
-from flashmoe.repacking.presets import choose_recipe
+from flashmoe.repacking.presets import AS_IS, choose_recipe
 from flashmoe.repacking.quantize import Settings, Tensors, quantize_lazily, settle
 from flashmoe.repacking.recipe import Recipe
 from flashmoe.repacking.sizes import PlannedSizes, sizes_of
@@ -69,7 +69,7 @@ def repack(
         raise SourceError(f"{source} is a store already; repack the checkpoint it was made from")
     checkpoint = resolve(source, revision)
     check_files(checkpoint)
-    plan, tensors = _prepare(checkpoint, chosen, asked)
+    plan, tensors = _prepare(source, checkpoint, chosen, asked)
     hasher = SourceHasher(checkpoint)
     try:
         with StoreWriter(folder, force=force) as writer:
@@ -113,19 +113,21 @@ def dry_run(
     asked = any(x is not None for x in (bits, group_size, resident_bits, method, recipe))
     checkpoint = resolve(source, revision)
     check_files(checkpoint)
-    plan, _ = _prepare(checkpoint, chosen, asked)
+    plan, _ = _prepare(source, checkpoint, chosen, asked)
     return sizes_of(plan)
 
 
-def _prepare(checkpoint: Checkpoint, recipe: Recipe, asked: bool) -> tuple[RepackPlan, Tensors]:
+def _prepare(
+    source: str | Path, checkpoint: Checkpoint, recipe: Recipe, asked: bool
+) -> tuple[RepackPlan, Tensors]:
     model, config = load_lazily(checkpoint)
     routing = probe_routing(config)
     settings: Settings = {}
     if not _is_quantized(model):
         settings = settle(model, recipe)
-    elif asked:
+    elif asked and recipe != AS_IS:
         raise OptionError(
-            f"{checkpoint.repo} is already quantized and is repacked bit for bit; "
+            f"{source} is already quantized and is repacked bit for bit; "
             "leave out bits, group size, resident bits, method and recipe"
         )
     tensors = quantize_lazily(model, settings)

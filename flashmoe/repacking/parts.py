@@ -8,6 +8,8 @@ from flashmoe.checkpoint.architecture import expert_modules, projections_of
 
 # What stands where attention would, by mlx-lm's names of modules or of their classes.
 MIXERS = ("attn", "attention", "mamba", "deltanet", "conv")
+EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+LINEARS = (nn.Linear, nn.QuantizedLinear)
 PROJECTION_PARTS = {
     "gate_proj": "gate",
     "up_proj": "up",
@@ -29,12 +31,12 @@ class Parts:
         }
         modules = dict(model.named_modules())
         self._classes = {path: type(module).__name__.lower() for path, module in modules.items()}
-        self._embeddings = {p for p, m in modules.items() if isinstance(m, nn.Embedding)}
+        self._embeddings = {p for p, m in modules.items() if isinstance(m, EMBEDDINGS)}
         vocabularies = {modules[path]["weight"].shape[0] for path in self._embeddings}
         self._heads = {
             path
             for path, module in modules.items()
-            if isinstance(module, nn.Linear)
+            if isinstance(module, LINEARS)
             and layer_of(path) is None
             and module["weight"].shape[0] in vocabularies
         }

@@ -11,6 +11,7 @@ from flashmoe.repacking.recipe import Recipe, Rule, Setting, Values, from_tables
 
 # As they would stand in a file.
 PRESETS: dict[str, dict[str, Any]] = {
+    "as-is": {"bits": 32},
     "4-bit": {"bits": 4},
     "8-bit": {"bits": 8},
     "3-bit": {
@@ -23,6 +24,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "experts": {"bits": 2, "group": 32},
     },
 }
+# The one recipe that quantized checkpoints take.
+AS_IS = from_tables("as-is", PRESETS["as-is"])
 
 
 def choose_recipe(
