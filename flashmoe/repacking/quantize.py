@@ -107,7 +107,7 @@ def _packed(
         return as_it_is
     wanted = family_predicate(path, module)
     if isinstance(wanted, dict):
-        return Setting(method=setting.method).amended(wanted)
+        return Setting(**{"method": setting.method, **wanted})
     return setting if wanted else as_it_is
 
 

@@ -76,16 +76,6 @@ class Setting:
     def is_float(self) -> bool:
         return self.bits >= FLOAT_BITS
 
-    def amended(self, values: Values) -> Setting:
-        """This setting with `values` in its place; a fixed mode brings its bits and group."""
-        mode = values.get("mode", self.mode)
-        if mode in FIXED_MODES and mode != self.mode:
-            bits, group_size = FIXED_MODES[mode]
-            values = {"bits": bits, "group_size": group_size, "method": "rtn", **values}
-        elif mode == "affine" and self.mode != mode:
-            values = {"group_size": Setting.group_size, **values}
-        return replace(self, **values)
-
     def __str__(self) -> str:
         if self.is_float:
             return "floats" if self.bits == 32 else "16-bit floats"
@@ -135,15 +125,15 @@ class Recipe:
 
     def setting(self, part: str, layer: int | None = None) -> Setting:
         """How `part` (a key of PARTS) of a layer, or of no layer, is packed."""
-        setting = Setting()
+        values: Values = {}
+        for rule in self.rules:
+            if rule.covers(part, layer):
+                values = _amended(values, dict(rule.values))
         try:
-            for rule in self.rules:
-                if rule.covers(part, layer):
-                    setting = setting.amended(dict(rule.values))
+            return Setting(**values)
         except OptionError as error:
             where = part if layer is None else f"{part}, layer {layer}"
             raise OptionError(f"{self.name}, {where}: {error}") from None
-        return setting
 
     def with_method(self, method: str) -> Recipe:
         """The recipe with one method for everything that is affine.
@@ -164,6 +154,17 @@ class Recipe:
         """A short name of what the recipe asks for, equal for equal rules."""
         text = json.dumps([[r.part, r.first, r.last, dict(r.values)] for r in self.rules])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _amended(values: Values, later: Values) -> Values:
+    """`later` on top of `values`; a mode that is one format brings its bits and group."""
+    before, mode = (x.get("mode", "affine") for x in (values, {**values, **later}))
+    if mode != before and mode in FIXED_MODES:
+        bits, group_size = FIXED_MODES[mode]
+        values = {"bits": bits, "group_size": group_size, "method": "rtn"}
+    elif mode != before:
+        values = {**values, "group_size": Setting.group_size}
+    return {**values, **later}
 
 
 def from_tables(name: str, document: Mapping[str, Any]) -> Recipe:
