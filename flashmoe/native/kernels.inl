@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "activations.inl"
+#include "fit.inl"
 #include "kernels.h"
 
 namespace flashmoe {
@@ -227,7 +228,8 @@ constexpr Kernels make_kernels() {
           reduce,
           activate,
           widen<BF16>,
-          widen<F16>};
+          widen<F16>,
+          fit_group};
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from flashmoe import native
 from flashmoe.kernels.packing import pack_codes
 
 ROUNDS = 10
@@ -36,10 +37,10 @@ STARTS = {
     6: (1.0,),
     8: (1.0,),
 }
-# Weights times starts that are fitted at once: temporaries stay in a CPU's second-level cache, and
-# fill a GPU.
+# Weights times starts that are fitted at once: temporaries stay in a CPU's second-level cache,
+# and fill a GPU. The native library has no temporaries.
 CPU_CHUNK = 2**17
-GPU_CHUNK = 2**23
+CHUNK = 2**23
 
 Packed = tuple[mx.array, mx.array, mx.array]
 
@@ -52,12 +53,18 @@ def quantize(weight: mx.array, group_size: int, bits: int) -> Packed:
     """
     *outer, width = weight.shape
     groups = weight.reshape(-1, group_size)
-    at_once = CPU_CHUNK if mx.default_device() == mx.cpu else GPU_CHUNK
+    on_cpu = mx.default_device() == mx.cpu
+    is_native = on_cpu and native.available() is None
+    at_once = CPU_CHUNK if on_cpu and not is_native else CHUNK
     step = max(at_once // (group_size * len(STARTS[bits])), 1)
     parts: list[Packed] = []
     for first in range(0, groups.shape[0], step):
-        codes, scales, biases = fit(groups[first : first + step], bits)
-        parts.append((pack_codes(codes, bits), scales, biases))
+        part = groups[first : first + step]
+        if is_native:
+            parts.append(_fit_natively(part, bits))
+        else:
+            codes, scales, biases = fit(part, bits)
+            parts.append((pack_codes(codes, bits), scales, biases))
         mx.eval(parts[-1])
     packed, scales, biases = (mx.concatenate(list(part)) for part in zip(*parts, strict=True))
     result = (
@@ -67,6 +74,19 @@ def quantize(weight: mx.array, group_size: int, bits: int) -> Packed:
     )
     mx.eval(result)
     return result
+
+
+def _fit_natively(groups: mx.array, bits: int) -> Packed:
+    _, scales, biases = mx.quantize(groups, group_size=groups.shape[1], bits=bits)
+    return native.fit_groups(
+        groups.astype(mx.float32),
+        scales.reshape(-1),
+        biases.reshape(-1),
+        bits=bits,
+        starts=STARTS[bits],
+        rounds=ROUNDS,
+        least_residual=LEAST_RESIDUAL,
+    )
 
 
 def fit(groups: mx.array, bits: int) -> Packed:
@@ -100,11 +120,12 @@ def fit(groups: mx.array, bits: int) -> Packed:
     squares = mx.square(codes - centre).sum(axis=-1, keepdims=True)
     kept = mx.sqrt(spread / mx.maximum(squares, 1))
     scales = mx.where(squares > 0, mx.where(scales < 0, -kept, kept), scales)
-    biases = mean - scales * centre
+    fitted_scales = scales.astype(groups.dtype)
+    fitted_biases = (mean - fitted_scales.astype(mx.float32) * centre).astype(groups.dtype)
 
     # Rounding to nearest is the last candidate; from here on numbers are those of the store.
-    stored_scales = mx.concatenate([scales.astype(groups.dtype), rtn_scales[None]])
-    stored_biases = mx.concatenate([biases.astype(groups.dtype), rtn_biases[None]])
+    stored_scales = mx.concatenate([fitted_scales, rtn_scales[None]])
+    stored_biases = mx.concatenate([fitted_biases, rtn_biases[None]])
     scales, biases = stored_scales.astype(mx.float32), stored_biases.astype(mx.float32)
     rtn_codes = nearest(w, scales[-1:], biases[-1:], levels)
     codes = mx.concatenate([codes, rtn_codes])
