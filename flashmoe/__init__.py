@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         StoreError,
     )
     from flashmoe.generation.session import Piece, Sampling, Session
+    from flashmoe.options import Options
     from flashmoe.repacking.execute import repack
     from flashmoe.store.inspect import StoreSummary, inspect
     from flashmoe.store.verify import VerifyReport, verify
@@ -35,6 +36,7 @@ __all__ = [
     "FlashMoEModel",
     "MemoryBudgetError",
     "OptionError",
+    "Options",
     "Piece",
     "PromptError",
     "ReadError",
@@ -52,6 +54,7 @@ __all__ = [
 
 _HOMES = {
     "FlashMoEModel": "engine",
+    "Options": "options",
     "Piece": "generation.session",
     "Sampling": "generation.session",
     "Session": "generation.session",

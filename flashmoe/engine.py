@@ -7,6 +7,7 @@ further down.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -18,10 +19,9 @@ import numpy.typing as npt
 
 from flashmoe import machine
 from flashmoe.checkpoint.architecture import probe_routing
-from flashmoe.checkpoint.caches import cache_bytes
-from flashmoe.checkpoint.config import largest, read_config
+from flashmoe.checkpoint.config import read_config
 from flashmoe.checkpoint.tokenizer import load_tokenizer
-from flashmoe.errors import FlashMoEError, OptionError
+from flashmoe.errors import FlashMoEError
 from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
 from flashmoe.io.reader import Reader
@@ -35,18 +35,12 @@ from flashmoe.model.load import (
     stream_experts,
     use_native_linears,
 )
+from flashmoe.model.memory import choose_context, choose_widening, plan_model
 from flashmoe.model.routers import find_forecasters
+from flashmoe.options import Options
 from flashmoe.repacking.execute import Progress
-from flashmoe.store.manifest import Manifest
 from flashmoe.store.reader import Store
-from flashmoe.streaming import budget
-from flashmoe.streaming.policy.select import resolve_policy
 from flashmoe.streaming.telemetry import Stats
-from flashmoe.units import parse_size
-
-DEFAULT_CONTEXT = 4096
-# Of the memory that is free when no number is given.
-DEFAULT_MEMORY_SHARE = 0.75
 
 
 class FlashMoEModel:
@@ -60,76 +54,26 @@ class FlashMoEModel:
     def __init__(
         self,
         store: Store,
-        *,
-        memory: str | int | None = None,
-        cache: str | int | None = None,
-        kernel: str = "auto",
-        context: int | None = None,
-        dtype: str = "auto",
-        reader: str = "auto",
-        page_cache: bool | None = None,
-        forecast: bool = True,
-        policy: str = "auto",
+        options: Options | None = None,
+        **named: Any,
     ) -> None:
-        """Load an open store; see `from_pretrained` for the options."""
-        check_options(
-            memory=memory,
-            cache=cache,
-            kernel=kernel,
-            context=context,
-            dtype=dtype,
-            reader=reader,
-            page_cache=page_cache,
-            policy=policy,
-        )
-        chosen = resolve_kernel(kernel)
+        """Load an open store, as `options` or options by name say; raises as `from_pretrained`."""
+        options = replace(options or Options(), **named)
+        kernel = resolve_kernel(options.kernel)
         config = read_config(store.path)
-        widen = _widen(dtype, config)
+        widen = choose_widening(config, options.dtype)
         # The native kernels read 16-bit scales and weights of float32 arithmetic as they are.
-        widen_records = widen and chosen != "cpu"
+        widen_records = widen and kernel != "cpu"
         probed = probe_routing(config)
         tokenizer = load_tokenizer(store.path, config.get("eos_token_id"), probed.vocabulary)
         skeleton = build_skeleton(store, config)
-        context = _context(config, context)
-        layouts = [layer.layout for layer in store.manifest.layers]
-        demands = budget.layer_demands(layouts, widen_records)
-        bank_bytes = _bank_bytes(cache, demands)
-        total_bytes = parse_size(memory) if memory is not None else None
-        if total_bytes is None and bank_bytes is None:
-            total_bytes = machine.resident_set_bytes() + int(
-                machine.usable_memory_bytes() * DEFAULT_MEMORY_SHARE
-            )
-        staging_bytes = budget.all_staging_bytes(layouts, widen_records)
-
-        def scratch(chunk: int, swept: bool) -> int:
-            return staging_bytes + budget.scratch_bytes(
-                chunk=chunk,
-                context=context,
-                width=probed.width,
-                heads=largest(config, "num_attention_heads"),
-                vocabulary=probed.vocabulary,
-                top_k=max(layout.top_k for layout in layouts),
-                materialized_scores=mx.default_device() == mx.cpu,
-                swept=swept,
-            )
-
-        self.memory_plan = budget.plan_memory(
-            total_bytes=total_bytes,
-            bank_bytes=bank_bytes,
-            process_bytes=machine.resident_set_bytes() + budget.SLACK_BYTES,
-            resident_bytes=budget.resident_bytes(store.manifest, widen),
-            kv_bytes=_kv_bytes(probed.caches, context, store.manifest, widen),
-            prompts=budget.prompt_plans(
-                scratch,
-                context=context,
-                group_bytes=budget.group_bytes(layouts, widen_records),
-                most_records=max(layout.n_experts for layout in layouts),
-            ),
-            demands=demands,
+        self.context = choose_context(config, options.context)
+        self.memory_plan = plan_model(
+            store.manifest, config, probed, options, widen=widen, widen_records=widen_records
         )
-        self.reader = resolve_reader(reader)
+        self.reader = resolve_reader(options.reader)
         self.page_cache = choose_page_cache(
-            page_cache,
+            options.page_cache,
             self.reader,
             store.file(store.manifest.layers[0].layout.file),
             file_bytes=store.manifest.streamed_bytes,
@@ -138,11 +82,10 @@ class FlashMoEModel:
         )
         mx.set_cache_limit(self.memory_plan.reuse_bytes)
         load_resident(skeleton, store, widen)
-        if chosen == "cpu":
+        if kernel == "cpu":
             use_native_linears(skeleton)
         self.store = store
         self.tokenizer = tokenizer
-        self.context = context
         self._stats = Stats()
         self._reader: Reader | None = open_reader(self.reader, page_cache=self.page_cache)
         self._streaming: StreamingModel | None = stream_experts(
@@ -151,72 +94,40 @@ class FlashMoEModel:
             slots=self.memory_plan.slots,
             group_records=self.memory_plan.prompts.group_records,
             reader=self._reader,
-            kernel=select_kernel(chosen, cache_folder()),
-            prompt_kernel=select_prompt_kernel(chosen),
+            kernel=select_kernel(kernel, cache_folder()),
+            prompt_kernel=select_prompt_kernel(kernel),
             stats=self._stats,
             widen=widen_records,
-            policy=policy,
+            policy=options.policy,
         )
         # Finding routers takes up to a second: not where nothing could be read ahead.
-        if forecast and self._streaming.reads_ahead:
+        if options.forecast and self._streaming.reads_ahead:
             self._streaming.foresee(find_forecasters(skeleton, config))
 
     @classmethod
     def from_pretrained(
         cls,
         path_or_id: str | Path | Store | None = None,
+        options: Options | None = None,
         *,
-        memory: str | int | None = None,
-        cache: str | int | None = None,
-        kernel: str = "auto",
-        context: int | None = None,
-        dtype: str = "auto",
-        reader: str = "auto",
-        page_cache: bool | None = None,
-        forecast: bool = True,
-        policy: str = "auto",
         bits: int | None = None,
         group_size: int | None = None,
         resident_bits: int | None = None,
         revision: str | None = None,
         progress: Progress | None = None,
+        **named: Any,
     ) -> FlashMoEModel:
         """Load a store, a checkpoint folder or a Hub id; None means the bundled demo model.
 
-        A store may be given as its path or as what `flashmoe.repack` returned.
-
-        Checkpoints are repacked on first use into ~/.cache/flashmoe (`bits`, `group_size`,
-        `resident_bits`, `revision` and `progress` as in `flashmoe.repack`).
-
-        memory: one number for the whole process ("24GB", or bytes); by default three quarters
-            of what the machine has free. cache: the bank alone, "min" being one token's needs.
-        kernel: "auto", "cpu", "metal" or "reference". context: most tokens of prompt and answer
-            together (default 4096, or the model's own limit where that is lower).
-        dtype: "float32" widens 16-bit floats when they are loaded, "stored" keeps them;
-            "auto" widens on CPUs, where MLX is several times faster in float32, and wherever the
-            model's config states float32.
-        reader: "pread", "mmap", or "auto", which means pread: by the native library where it
-            was built, otherwise by Python threads.
-        page_cache: whether records are read through the operating system's page cache; by
-            default unless all of them do not fit into the memory that is left beside the process.
-        forecast: whether to guess each layer's experts from the layer before and read them ahead,
-            where that turns out to pay.
-        policy: which expert gives way to one that is read: "lru", "clock", "slru", "s3fifo", "lfu",
-            or "auto", which is "lfu": it missed least on held-out prompts.
+        A store may be given as its path or as what `flashmoe.repack` returned. Checkpoints are
+        repacked on first use into ~/.cache/flashmoe (`bits`, `group_size`, `resident_bits`,
+        `revision` and `progress` as in `flashmoe.repack`). The engine's options are those of
+        `flashmoe.Options`, as a whole or by name: `from_pretrained(path, memory="24GB")`.
 
         Raises SourceError, StoreError, OptionError, or MemoryBudgetError naming the least that
         would fit.
         """
-        check_options(
-            memory=memory,
-            cache=cache,
-            kernel=kernel,
-            context=context,
-            dtype=dtype,
-            reader=reader,
-            page_cache=page_cache,
-            policy=policy,
-        )
+        options = replace(options or Options(), **named)
         store = open_model(
             path_or_id.path if isinstance(path_or_id, Store) else path_or_id,
             bits=bits,
@@ -225,18 +136,7 @@ class FlashMoEModel:
             revision=revision,
             progress=progress,
         )
-        return cls(
-            store,
-            memory=memory,
-            cache=cache,
-            kernel=kernel,
-            context=context,
-            dtype=dtype,
-            reader=reader,
-            page_cache=page_cache,
-            forecast=forecast,
-            policy=policy,
-        )
+        return cls(store, options)
 
     @property
     def model(self) -> nn.Module:
@@ -339,57 +239,3 @@ class FlashMoEModel:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def check_options(
-    *,
-    memory: str | int | None,
-    cache: str | int | None,
-    kernel: str,
-    context: int | None,
-    dtype: str = "auto",
-    reader: str = "auto",
-    page_cache: bool | None = None,
-    policy: str = "auto",
-) -> None:
-    """Raise OptionError for a value that is wrong for every model, before one is fetched."""
-    if memory is not None:
-        parse_size(memory)
-    if cache is not None and cache != "min":
-        parse_size(cache)
-    resolve_kernel(kernel)
-    resolve_reader(reader, page_cache)
-    resolve_policy(policy)
-    if context is not None and context < 1:
-        raise OptionError(f"context must be at least 1 token, not {context}")
-    if dtype not in ("auto", "float32", "stored"):
-        raise OptionError(f"dtype must be auto, float32 or stored, not {dtype!r}")
-
-
-def _widen(dtype: str, config: dict[str, Any]) -> bool:
-    if dtype == "auto":
-        stated = config.get("dtype", config.get("torch_dtype"))
-        return stated == "float32" or mx.default_device() == mx.cpu
-    return dtype == "float32"
-
-
-def _context(config: dict[str, Any], context: int | None) -> int:
-    most = largest(config, "max_position_embeddings")
-    if context is None:
-        return min(DEFAULT_CONTEXT, most) if most else DEFAULT_CONTEXT
-    if most and context > most:
-        raise OptionError(f"context {context} exceeds the {most} tokens the model was made for")
-    return context
-
-
-def _kv_bytes(caches: list[Any], context: int, manifest: Manifest, widen: bool) -> int:
-    """The probe's caches are float32; what runs has 16-bit ones where activations are 16-bit."""
-    tensors = [tensor.dtype for shard in manifest.resident for tensor in shard.tensors]
-    narrow = not widen and ("BF16" in tensors or "F16" in tensors) and "F32" not in tensors
-    return cache_bytes(caches, context) // (2 if narrow else 1)
-
-
-def _bank_bytes(cache: str | int | None, demands: list[budget.LayerDemand]) -> int | None:
-    if cache is None:
-        return None
-    return budget.least_bank_bytes(demands) if cache == "min" else parse_size(cache)

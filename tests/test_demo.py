@@ -13,7 +13,7 @@ import flashmoe
 from flashmoe import FlashMoEModel
 from flashmoe.checkpoint.config import read_config
 from flashmoe.demo import DEMO_FOLDER
-from flashmoe.engine import _widen
+from flashmoe.model.memory import choose_widening
 
 ANSWERS = {
     CAPITAL: CAPITAL_ANSWER,
@@ -43,8 +43,8 @@ def test_wordnets_licence_travels_with_the_store(model: FlashMoEModel) -> None:
 
 def test_asks_for_float32_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
-    assert _widen("auto", read_config(DEMO_FOLDER))
-    assert not _widen("auto", {"torch_dtype": "bfloat16"})
+    assert choose_widening(read_config(DEMO_FOLDER), "auto")
+    assert not choose_widening({"torch_dtype": "bfloat16"}, "auto")
 
 
 def test_stock_mlx_lm_loads_it() -> None:

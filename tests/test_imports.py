@@ -16,6 +16,7 @@ FLOORS = [
     {"errors", "units", "machine", "dtypes", "demo", "native"},
     {"store", "checkpoint", "io", "kernels"},
     {"streaming", "repacking"},
+    {"options"},
     {"model", "generation", "locate"},
     {"engine"},
     {"bench"},

@@ -27,11 +27,11 @@ HELP = """\
 Ctrl-C stops an answer."""
 
 
+@options.with_engine_options
 def chat(
     model: options.Model = None,
-    memory: options.Memory = None,
-    cache: options.Cache = None,
-    context: options.Context = None,
+    *,
+    engine: options.EngineOptions,
     max_tokens: options.MaxTokens = 1024,
     temp: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
@@ -40,11 +40,6 @@ def chat(
     seed: options.Seed = None,
     system: options.System = None,
     no_template: options.NoTemplate = False,
-    kernel: options.Kernel = "auto",
-    reader: options.Reader = "auto",
-    page_cache: options.PageCache = None,
-    forecast: options.Forecast = True,
-    policy: options.Policy = "auto",
     stats: options.ShowStats = False,
 ) -> None:
     """Chat with a model; type /help inside for commands.
@@ -59,17 +54,7 @@ def chat(
 
     check_max_tokens(max_tokens)
     sampling = Sampling(temp, top_p, top_k, min_p, seed)
-    loaded = options.load(
-        model,
-        memory=memory,
-        cache=cache,
-        context=context,
-        kernel=kernel,
-        reader=reader,
-        page_cache=page_cache,
-        forecast=forecast,
-        policy=policy,
-    )
+    loaded = options.load(model, engine)
     with loaded:
         manifest = loaded.store.manifest
         slots = sum(loaded.memory_plan.slots)

@@ -12,6 +12,7 @@ from flashmoe.cli import options
 from flashmoe.errors import PromptError
 
 
+@options.with_engine_options
 def generate(
     model: options.Model = None,
     prompt: Annotated[
@@ -24,9 +25,8 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    memory: options.Memory = None,
-    cache: options.Cache = None,
-    context: options.Context = None,
+    *,
+    engine: options.EngineOptions,
     max_tokens: options.MaxTokens = 256,
     temp: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
@@ -35,11 +35,6 @@ def generate(
     seed: options.Seed = None,
     system: options.System = None,
     no_template: options.NoTemplate = False,
-    kernel: options.Kernel = "auto",
-    reader: options.Reader = "auto",
-    page_cache: options.PageCache = None,
-    forecast: options.Forecast = True,
-    policy: options.Policy = "auto",
     stats: options.ShowStats = False,
     json: options.Json = False,
 ) -> None:
@@ -55,18 +50,7 @@ def generate(
 
     check_max_tokens(max_tokens)
     sampling = Sampling(temp, top_p, top_k, min_p, seed)
-    loaded = options.load(
-        model,
-        memory=memory,
-        cache=cache,
-        context=context,
-        kernel=kernel,
-        reader=reader,
-        page_cache=page_cache,
-        forecast=forecast,
-        policy=policy,
-        quiet=json,
-    )
+    loaded = options.load(model, engine, quiet=json)
     pieces = []
     with loaded, late_progress("reading prompt", quiet=json) as progress:
         started = time.perf_counter()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -100,43 +104,60 @@ ShowStats = Annotated[bool, typer.Option("--stats", help="Also print hits, misse
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON for programs.")]
 
 
-def load(
-    model: str | None,
-    *,
-    memory: str | None,
-    cache: str | None,
-    context: int | None,
-    kernel: str,
-    reader: str = "auto",
-    page_cache: bool | None = None,
-    forecast: bool = True,
-    policy: str = "auto",
-    quiet: bool = False,
-) -> FlashMoEModel:
+@dataclass(frozen=True)
+class EngineOptions:
+    """The options of `flashmoe.Options` that every command has that runs a model."""
+
+    memory: Memory = None
+    cache: Cache = None
+    context: Context = None
+    kernel: Kernel = "auto"
+    reader: Reader = "auto"
+    page_cache: PageCache = None
+    forecast: Forecast = True
+    policy: Policy = "auto"
+
+
+def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with the fields of `EngineOptions` in place of its parameter `engine`, which
+    receives them as one object."""
+    hints = get_type_hints(EngineOptions, include_extras=True)
+    named = {
+        field.name: inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(EngineOptions)
+    }
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        if parameter.name == "engine":
+            parameters += named.values()
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        engine = EngineOptions(**{name: values.pop(name) for name in named})
+        command(**values, engine=engine)
+
+    # What typer asks a command for.
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def load(model: str | None, engine: EngineOptions, *, quiet: bool = False) -> FlashMoEModel:
     """Load a model, with a progress bar while it is repacked on first use."""
     from flashmoe.cli.console import byte_progress
-    from flashmoe.engine import FlashMoEModel, check_options
+    from flashmoe.engine import FlashMoEModel
     from flashmoe.locate import open_model
+    from flashmoe.options import Options
 
-    check_options(
-        memory=memory,
-        cache=cache,
-        kernel=kernel,
-        context=context,
-        reader=reader,
-        page_cache=page_cache,
-        policy=policy,
-    )
+    # Before anything is fetched.
+    options = Options(**vars(engine))
     with byte_progress("repacking", quiet) as progress:
         store = open_model(model, progress=progress)
-    return FlashMoEModel(
-        store,
-        memory=memory,
-        cache=cache,
-        context=context,
-        kernel=kernel,
-        reader=reader,
-        page_cache=page_cache,
-        forecast=forecast,
-        policy=policy,
-    )
+    return FlashMoEModel(store, options)

@@ -13,6 +13,7 @@ from flashmoe.errors import PromptError
 from flashmoe.units import format_count, format_size
 
 
+@options.with_engine_options
 def trace(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A store, a checkpoint folder or a Hub id.")
@@ -26,16 +27,12 @@ def trace(
             show_default=False,
         ),
     ] = None,
+    *,
+    engine: options.EngineOptions,
     max_tokens: options.MaxTokens = 128,
     temp: options.Temperature = 0.0,
     seed: Annotated[int, typer.Option(help="Makes sampling repeatable.")] = 0,
-    memory: options.Memory = None,
-    cache: options.Cache = None,
-    context: options.Context = None,
     no_template: options.NoTemplate = False,
-    kernel: options.Kernel = "auto",
-    reader: options.Reader = "auto",
-    page_cache: options.PageCache = None,
     json: options.Json = False,
 ) -> None:
     """Answer prompts and record the routing, for flashmoe bench cache.
@@ -50,16 +47,7 @@ def trace(
     check_max_tokens(max_tokens)
     sampling = Sampling(temp, seed=seed)
     texts = None if prompts is None else _read_prompts(prompts)
-    loaded = options.load(
-        model,
-        memory=memory,
-        cache=cache,
-        context=context,
-        kernel=kernel,
-        reader=reader,
-        page_cache=page_cache,
-        quiet=json,
-    )
+    loaded = options.load(model, engine, quiet=json)
     from flashmoe.bench.decode import PROMPTS
     from flashmoe.bench.trace import record_routing
 

@@ -1,0 +1,60 @@
+"""What a model is run with: every option of the engine, its default and its check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flashmoe.errors import OptionError
+from flashmoe.io.select import resolve_reader
+from flashmoe.kernels.select import resolve_kernel
+from flashmoe.streaming.policy.select import resolve_policy
+from flashmoe.units import parse_size
+
+DTYPES = ("auto", "float32", "stored")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `FlashMoEModel`; none of them changes what an exact kernel computes.
+
+    memory: one number for the whole process ("24GB", or bytes); by default three quarters
+        of what the machine has free. cache: the bank alone, "min" being one token's needs.
+    kernel: "auto", "cpu", "metal" or "reference". context: most tokens of prompt and answer
+        together (default 4096, or the model's own limit where that is lower).
+    dtype: "float32" widens 16-bit floats when they are loaded, "stored" keeps them;
+        "auto" widens on CPUs, where MLX is several times faster in float32, and wherever the
+        model's config states float32.
+    reader: "pread", "mmap", or "auto", which means pread: by the native library where it
+        was built, otherwise by Python threads.
+    page_cache: whether records are read through the operating system's page cache; by
+        default unless all of them do not fit into the memory that is left beside the process.
+    forecast: whether to guess each layer's experts from the layer before and read them ahead,
+        where that turns out to pay.
+    policy: which expert gives way to one that is read: "lru", "clock", "slru", "s3fifo", "lfu",
+        or "auto", which is "lfu": it missed least on held-out prompts.
+
+    Raises OptionError for a value that is wrong for every model.
+    """
+
+    memory: str | int | None = None
+    cache: str | int | None = None
+    kernel: str = "auto"
+    context: int | None = None
+    dtype: str = "auto"
+    reader: str = "auto"
+    page_cache: bool | None = None
+    forecast: bool = True
+    policy: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.memory is not None:
+            parse_size(self.memory)
+        if self.cache is not None and self.cache != "min":
+            parse_size(self.cache)
+        resolve_kernel(self.kernel)
+        resolve_reader(self.reader, self.page_cache)
+        resolve_policy(self.policy)
+        if self.context is not None and self.context < 1:
+            raise OptionError(f"context must be at least 1 token, not {self.context}")
+        if self.dtype not in DTYPES:
+            raise OptionError(f"dtype must be auto, float32 or stored, not {self.dtype!r}")
