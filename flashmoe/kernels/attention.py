@@ -36,22 +36,23 @@ def attend(
     """mlx-lm's `scaled_dot_product_attention`: [batch, heads, queries, v_dim]. Evaluates its
     arguments where the library takes over, which depends on shapes and dtypes alone."""
     if hasattr(cache, "bits") or not covers(queries, keys, values, mask, sinks):
-        return base.scaled_dot_product_attention(
+        y: mx.array = base.scaled_dot_product_attention(
             queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
         )
+        return y
     arrays = [array for array in (queries, keys, values) if isinstance(array, mx.array)]
     given = mask if isinstance(mask, mx.array) else None
     if given is not None and given.dtype != mx.bool_:
         given = given.astype(mx.float32)
     mx.eval(arrays, [array for array in (given, sinks) if array is not None])
-    y = native.attend(
+    rows = native.attend(
         *(np.array(array, copy=False) for array in arrays),
         scale=scale,
         causal=isinstance(mask, str),
         mask=None if given is None else np.array(given, copy=False),
         sinks=None if sinks is None else np.array(sinks.astype(mx.float32)),
     )
-    return mx.array(y).transpose(0, 2, 1, 3)
+    return mx.array(rows).transpose(0, 2, 1, 3)
 
 
 def covers(
