@@ -21,6 +21,7 @@ from flashmoe.errors import StoreError
 from flashmoe.io.reader import Reader
 from flashmoe.kernels.contract import ExpertKernel, ExpertSpec, ProjectionPacking
 from flashmoe.kernels.linear import native_twin
+from flashmoe.phases import PhaseClock
 from flashmoe.store.layout import LayerLayout, RecordLayout
 from flashmoe.store.reader import Store
 from flashmoe.streaming.bank import LayerBank
@@ -105,9 +106,10 @@ def load_resident(model: nn.Module, store: Store, widen: bool) -> None:
     model.eval()
 
 
-def use_native_linears(model: nn.Module) -> None:
-    """Put native products into the resident linear layers that the library covers."""
-    twins = {path: native_twin(module) for path, module in model.named_modules()}
+def use_native_linears(model: nn.Module, clock: PhaseClock | None = None) -> None:
+    """Put native products into the resident linear layers that the library covers; `clock` is
+    told of their time."""
+    twins = {path: native_twin(module, clock) for path, module in model.named_modules()}
     replace_modules(model, {path: twin for path, twin in twins.items() if twin is not None})
 
 
