@@ -16,43 +16,38 @@ from flashmoe.store.reader import Store
 from flashmoe.streaming.experts import APART_BYTES
 
 N_EXPERTS, TOP_K, N_LAYERS = 12, 3, 3
-# Changes to a family's config, bits per weight, and mode.
-WIDE: dict[str, tuple[dict[str, Any], int, str]] = {
+# Changes to a family's config and bits per weight.
+WIDE: dict[str, tuple[dict[str, Any], int]] = {
     "qwen3_moe": (
         {"num_experts": N_EXPERTS, "num_experts_per_tok": TOP_K, "hidden_size": 256}
         | {"moe_intermediate_size": 576, "mlp_only_layers": []},
         4,
-        "affine",
     ),
     "deepseek_v3": (
         {"n_routed_experts": N_EXPERTS, "num_experts_per_tok": TOP_K, "hidden_size": 128}
         | {"moe_intermediate_size": 640, "first_k_dense_replace": 0, "n_group": 4, "topk_group": 2},
         8,
-        "affine",
     ),
     "gpt_oss": (
         {"num_local_experts": N_EXPERTS, "num_experts_per_tok": TOP_K, "hidden_size": 256}
-        | {"intermediate_size": 672},
+        | {"intermediate_size": 576},
         4,
-        "mxfp4",
     ),
     "qwen3_next": (
         {"num_experts": N_EXPERTS, "num_experts_per_tok": TOP_K, "hidden_size": 128}
         | {"moe_intermediate_size": 640, "mlp_only_layers": []},
         8,
-        "affine",
     ),
 }
 
 
 def wide_store(folder: Path, family: str) -> Store:
     """A store of the family's model, made in `folder`; all of its records are read apart."""
-    changes, bits, mode = WIDE[family]
+    changes, bits = WIDE[family]
     config = copy.deepcopy(FAMILIES[family]) | changes
     model = build_model(config, seed=0)
     with contextlib.redirect_stdout(io.StringIO()):
-        group_size = 32 if mode == "mxfp4" else 64
-        model, config = quantize_model(model, config, group_size, bits, mode=mode)
+        model, config = quantize_model(model, config, 64, bits)
     save_model(folder / "checkpoint", model)
     save_config(config, folder / "checkpoint" / "config.json")
     store = flashmoe.repack(folder / "checkpoint", folder / "store.flashmoe")
