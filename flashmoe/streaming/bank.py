@@ -6,7 +6,6 @@ every output (`uses`) and evaluates those that are pending before it overwrites 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -98,6 +97,8 @@ class LayerBank:
         if missing:
             self._settle_pending()
         self._count_guesses(experts, missing)
+        if apart:
+            self._stats.unguessed += sum(expert not in self._ahead for expert in missing)
         pinned = set(experts)
         arrivals: list[Arrival] = []
         begun: list[tuple[Ticket, Arrival]] = []
@@ -179,11 +180,8 @@ class LayerBank:
         """The experts that land next, as `Arrivals.land` says; the time counts as reading."""
         if not arrivals.coming:
             return []
-        started = time.perf_counter()
-        try:
+        with self._stats.clock.during("reading"):
             return arrivals.land()
-        finally:
-            self._stats.seconds.reading += time.perf_counter() - started
 
     def uses(self, output: mx.array) -> None:
         """Note an unevaluated array that reads slots of this bank.
@@ -213,6 +211,7 @@ class LayerBank:
 
     def use(self, experts: Sequence[int]) -> None:
         """Count the resident ones of `experts` as used, in this order."""
+        self._count_guesses(experts, ())
         for expert in self.resident(experts):
             self._policy.use(expert)
 
@@ -309,6 +308,8 @@ class LayerBank:
         # A prompt may have brought the same expert meanwhile.
         twice = [arrival for arrival in whole if self._slot_of[arrival.expert] != ABSENT]
         self._free.extend(arrival.slot for arrival in twice)
+        self._stats.bytes_read += len(twice) * self._layer.record.stride
+        self._stats.bytes_wasted += len(twice) * self._layer.record.stride
         whole = [arrival for arrival in whole if arrival not in twice]
         self._land(whole)
         for arrival in whole:
@@ -339,10 +340,9 @@ class LayerBank:
 
     def _settle_pending(self) -> None:
         if self._pending:
-            started = time.perf_counter()
-            mx.eval(self._pending)
+            with self._stats.clock.during("computing"):
+                mx.eval(self._pending)
             self._pending.clear()
-            self._stats.seconds.computing += time.perf_counter() - started
 
     def _take_slot(self, pinned: set[int]) -> int:
         return self._free.pop() if self._free else self._evict(pinned)
@@ -350,7 +350,9 @@ class LayerBank:
     def _evict(self, pinned: set[int]) -> int:
         """The slot of an expert that is no longer resident, none of `pinned`."""
         victim = self._policy.victim(pinned)
-        self._unused.discard(victim)
+        if victim in self._unused:
+            self._unused.discard(victim)
+            self._stats.bytes_wasted += self._layer.record.stride
         slot = int(self._slot_of[victim])
         self._slot_of[victim] = ABSENT
         return slot

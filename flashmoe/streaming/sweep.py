@@ -8,7 +8,6 @@ and on staging, and kernels for prompts give a row the same bits in any such com
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,11 +190,10 @@ class Sweep:
         )
 
     def _wait(self, ticket: Ticket, n_records: int, number: int) -> None:
-        started = time.perf_counter()
-        ticket.wait()
-        for slot in range(n_records):
-            self._staging.groups[number % N_GROUPS].settle(slot, slot)
-        self._stats.seconds.reading += time.perf_counter() - started
+        with self._stats.clock.during("reading"):
+            ticket.wait()
+            for slot in range(n_records):
+                self._staging.groups[number % N_GROUPS].settle(slot, slot)
         self._stats.bytes_read += n_records * self._layer.record.stride
 
     def _compute(
@@ -206,9 +204,8 @@ class Sweep:
         slots: npt.NDArray[np.int32],
         forward: ExpertForward,
     ) -> None:
-        started = time.perf_counter()
-        result.put(rows.pairs(run), np.repeat(slots, rows.counts[run])[:, None], forward)
-        self._stats.seconds.experts += time.perf_counter() - started
+        with self._stats.clock.during("experts"):
+            result.put(rows.pairs(run), np.repeat(slots, rows.counts[run])[:, None], forward)
 
     def _make_room(self, rows: RoutedRows, missing: Ints) -> set[int]:
         """Free the slots of the resident experts that leave; returns the experts to adopt."""
