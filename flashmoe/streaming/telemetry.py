@@ -29,8 +29,9 @@ class Stats:
     An access is one distinct expert needed by one layer call: a `hit` when its record is in
     the bank, else a `miss`. `bytes_demanded` counts the record bytes of all accesses,
     `bytes_read` those that came from disk. `guessed` counts records that were read ahead,
-    `guessed_right` those of them that were needed next. `tokens` counts generated tokens.
-    `after_layer` is called when a layer's routed experts are done.
+    `guessed_right` those of them that were needed next; `preloaded` counts records that a warm
+    start read, `preloaded_used` those of them that were needed while they were there. `tokens`
+    counts generated tokens. `after_layer` is called when a layer's routed experts are done.
     """
 
     hits: int = 0
@@ -39,6 +40,8 @@ class Stats:
     bytes_demanded: int = 0
     guessed: int = 0
     guessed_right: int = 0
+    preloaded: int = 0
+    preloaded_used: int = 0
     prompt_tokens: int = 0
     tokens: int = 0
     seconds: Seconds = field(default_factory=Seconds)
@@ -62,6 +65,8 @@ class Stats:
             bytes_demanded=self.bytes_demanded - earlier.bytes_demanded,
             guessed=self.guessed - earlier.guessed,
             guessed_right=self.guessed_right - earlier.guessed_right,
+            preloaded=self.preloaded - earlier.preloaded,
+            preloaded_used=self.preloaded_used - earlier.preloaded_used,
             prompt_tokens=self.prompt_tokens - earlier.prompt_tokens,
             tokens=self.tokens - earlier.tokens,
             seconds=Seconds(
