@@ -33,6 +33,7 @@ from flashmoe.model.load import (
     build_skeleton,
     load_resident,
     stream_experts,
+    use_native_attention,
     use_native_linears,
 )
 from flashmoe.model.memory import choose_context, choose_widening, plan_model
@@ -41,7 +42,10 @@ from flashmoe.options import Options
 from flashmoe.repacking.execute import Progress
 from flashmoe.repacking.recipe import Recipe
 from flashmoe.store.reader import Store
+from flashmoe.streaming.remembered import RememberedBanks
 from flashmoe.streaming.telemetry import Stats
+
+WARM_START_FOLDER = "warm-start"
 
 
 class FlashMoEModel:
@@ -83,11 +87,13 @@ class FlashMoEModel:
         )
         mx.set_cache_limit(self.memory_plan.reuse_bytes)
         load_resident(skeleton, store, widen)
+        self._stats = Stats()
         if kernel == "cpu":
-            use_native_linears(skeleton)
+            use_native_linears(skeleton, self._stats.clock)
+            if mx.default_device() == mx.cpu:
+                use_native_attention(skeleton, self._stats.clock)
         self.store = store
         self.tokenizer = tokenizer
-        self._stats = Stats()
         self._reader: Reader | None = open_reader(self.reader, page_cache=self.page_cache)
         self._streaming: StreamingModel | None = stream_experts(
             skeleton,
@@ -104,6 +110,10 @@ class FlashMoEModel:
         # Finding routers takes up to a second: not where nothing could be read ahead.
         if options.forecast and self._streaming.reads_ahead:
             self._streaming.foresee(find_forecasters(skeleton, config))
+        self._remembered: RememberedBanks | None = None
+        if options.warm_start:
+            self._remembered = RememberedBanks(cache_folder() / WARM_START_FOLDER, store)
+            self._streaming.preload(self._remembered.read() or ())
 
     @classmethod
     def from_pretrained(
@@ -222,7 +232,14 @@ class FlashMoEModel:
             bank.check_integrity()
 
     def close(self) -> None:
-        """Give back files, threads and memory; closing twice is fine."""
+        """Give back files, threads and memory; closing twice is fine.
+
+        With `warm_start` it is also when the banks' experts are remembered, once some were used.
+        """
+        if self._streaming is not None:
+            self._streaming.stop_reading_ahead()
+            if self._remembered is not None and self._stats.bytes_demanded:
+                self._remembered.write([bank.by_value() for bank in self._streaming.banks])
         if self._reader is not None:
             self._reader.close()
         if self._streaming is not None:
@@ -244,4 +261,7 @@ class FlashMoEModel:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if kind is not None and not issubclass(kind, KeyboardInterrupt):
+            # What a run that failed had in its banks is nothing to begin the next one with.
+            self._remembered = None
         self.close()

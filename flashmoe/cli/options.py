@@ -100,6 +100,14 @@ Policy = Annotated[
         help="Which expert gives way in the bank: auto, lru, clock, slru, s3fifo or lfu.",
     ),
 ]
+WarmStart = Annotated[
+    bool,
+    typer.Option(
+        "--warm-start/--no-warm-start",
+        help="Remember which experts were in memory at the end, and read those again while the "
+        "next run begins.",
+    ),
+]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Also print hits, misses and bytes read.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON for programs.")]
 
@@ -116,6 +124,7 @@ class EngineOptions:
     page_cache: PageCache = None
     forecast: Forecast = True
     policy: Policy = "auto"
+    warm_start: WarmStart = True
 
 
 def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
