@@ -123,11 +123,13 @@ def stream_experts(
     stats: Stats,
     widen: bool,
     policy: str = "auto",
+    sweep_reader: Reader | None = None,
 ) -> StreamingModel:
     """Replace every routed-expert module of `model` with one over a bank of its own.
 
     With `group_records`, prompts go through staging groups of that size, which layers of one
-    record layout share; without any, they go through the banks.
+    record layout share and `sweep_reader` (by default `reader`) reads into; without any, they
+    go through the banks.
     """
     modules = expert_modules(model)
     banks = []
@@ -147,7 +149,16 @@ def stream_experts(
             staging = stagings[layout.record]
             forwards = [prompt_kernel(group.weights, spec) for group in staging.groups]
             path = store.file(layout.file)
-            sweep = Sweep(path, layout, reader, stats, bank, prompt_forward, staging, forwards)
+            sweep = Sweep(
+                path,
+                layout,
+                sweep_reader or reader,
+                stats,
+                bank,
+                prompt_forward,
+                staging,
+                forwards,
+            )
         children = extra_children(module)
         streamed[layout.path] = StreamedExperts(
             bank, forward, prompt_forward, stats, children, sweep
