@@ -34,7 +34,7 @@ def test_inspect_bytes_are_those_on_disk(run_cli: Run, demo_store: Path) -> None
 
 def test_inspect_json_keys(run_cli: Run, demo_store: Path) -> None:
     summary = run_cli("inspect", demo_store, "--json").json()
-    assert list(summary) == [field.name for field in fields(StoreSummary)]
+    assert list(summary) == [*(field.name for field in fields(StoreSummary)), "tuned"]
     assert summary["path"] == str(demo_store)
     assert summary["model_type"] == "qwen3_moe"
     assert summary["source"]["repo"] == "demo"

@@ -1,6 +1,6 @@
 """Which of several settings is fastest, in a given time: rounds in which the slower half leaves.
 
-Everything still in the race is measured once per round, in random order, so that a machine that
+What is still in the race is measured once per round, in random order, so that a machine that
 speeds up or slows down does so for all. The last one left is then held against the default in
 pairs of its own: what was picked for being fastest is flattered by the figures it was picked by.
 """
@@ -83,22 +83,24 @@ def race(
     default, *others = (Runner(setting) for setting in settings)
     default.rates.append(measure(default.setting))
     left = others
-    while left and not is_over():
-        for runner in draw.sample([default, *left], len(left) + 1):
+    while len(left) > 1 and not is_over():
+        for runner in draw.sample(left, len(left)):
             if is_over():
                 break
             runner.rates.append(measure(runner.setting))
-        ranked = sorted((r for r in left if r.rates), key=lambda r: r.median, reverse=True)
-        if len(left) == 1:
-            break
-        left = ranked[: -(-len(left) // 2)]
+        left = _ranked(left)[: -(-len(left) // 2)]
     winner = default
     if len(left) == 1:
         _final(default, left[0], measure, is_over)
         if is_faster(left[0].final, default.final):
             winner = left[0]
-    measured = sorted((r for r in others if r.rates), key=lambda r: r.median, reverse=True)
-    return Outcome(winner, (default, *measured))
+    return Outcome(winner, (default, *_ranked(others)))
+
+
+def _ranked(runners: Sequence[Runner[T]]) -> list[Runner[T]]:
+    """Those that were measured, fastest first."""
+    measured = [runner for runner in runners if runner.rates or runner.final]
+    return sorted(measured, key=lambda runner: runner.median, reverse=True)
 
 
 def _final(

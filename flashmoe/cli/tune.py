@@ -84,6 +84,15 @@ def tune(
     print_dim(f"kept in {file.path}; flashmoe tune --forget removes it")
 
 
+def stored_tuning(store: str) -> Tuning | None:
+    """What is stored for a store on this machine."""
+    from flashmoe.locate import cache_folder
+    from flashmoe.store.reader import open_store
+    from flashmoe.tuning import TuningFile
+
+    return TuningFile(cache_folder(), open_store(store)).read()
+
+
 def describe_choice(tuning: Tuning) -> list[tuple[str, str]]:
     """What a choice consists of, as (what, how)."""
     choice = tuning.choice
