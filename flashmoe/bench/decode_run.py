@@ -24,6 +24,9 @@ from flashmoe.tuning import Choice, parse_choice
 
 # Between two looks at the child.
 SLICE_SECONDS = 0.1
+# So many tokens tell something; they may take this many times the seconds that were meant.
+LEAST_TOKENS = 12
+PATIENCE = 3
 # A prompt's answer; then comes the next prompt, after the last one the first again.
 ANSWER_TOKENS = 64
 CHILD = "import sys; from flashmoe.bench.decode_run import child; child(*sys.argv[1:])"
@@ -62,8 +65,8 @@ def decode_run(
     limit_seconds: float,
     tick: Callable[[], None],
 ) -> DecodeRun:
-    """Load a store in a new process and decode `tokens`, for `seconds` at most (or for those
-    alone, when `tokens` is None), greedily.
+    """Load a store in a new process and decode `tokens` greedily, or when that is None for
+    `seconds` or LEAST_TOKENS, whichever is longer; for PATIENCE times `seconds` at most.
 
     `tick` is called again and again meanwhile. The same `tokens` are the same work whatever
     `choice` says. Raises RunFailed with the reason, also when the process has not ended within
@@ -130,6 +133,12 @@ def child(task: str, answer: str) -> None:
 def _decode(what: dict[str, Any]) -> DecodeRun:
     options = Options(memory=what["memory"], tuned=parse_choice(what["choice"]))
     wanted: int | None = what["tokens"]
+
+    def enough() -> bool:
+        if wanted is None and seconds >= what["seconds"] and len(durations) >= LEAST_TOKENS:
+            return True
+        return len(durations) == wanted or seconds >= PATIENCE * what["seconds"]
+
     started = time.perf_counter()
     with FlashMoEModel.from_pretrained(what["store"], options) as model:
         loaded = time.perf_counter() - started
@@ -137,7 +146,7 @@ def _decode(what: dict[str, Any]) -> DecodeRun:
         seconds = 0.0
         before = None
         number = 0
-        while (wanted is None or len(durations) < wanted) and seconds < what["seconds"]:
+        while not enough():
             prompt = PROMPTS[number % len(PROMPTS)]
             number += 1
             decoded = len(durations)
@@ -151,14 +160,14 @@ def _decode(what: dict[str, Any]) -> DecodeRun:
                     durations.append(now - last)
                     seconds += now - last
                 last = now
-                if len(durations) == wanted or seconds >= what["seconds"]:
+                if enough():
                     break
             if decoded == len(durations) and number >= len(PROMPTS):
                 raise RunFailed("the model ends its answers at once: there is nothing to measure")
         spent = model.stats() if before is None else model.stats().since(before)
         plan = model.memory_plan
         return DecodeRun(
-            token_seconds=tuple(durations[:wanted]),
+            token_seconds=tuple(durations),
             bank_bytes=plan.bank_bytes,
             least_bank_bytes=plan.least_bank_bytes,
             most_bank_bytes=plan.most_bank_bytes,

@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 FINAL_PAIRS = 5
 LEAST_PAIRS = 3
+# The share of the time after which the final begins, whoever is left.
+FINAL_FROM = 0.6
 # What is less than this faster is not worth leaving the default for.
 MARGIN = 0.03
 
@@ -73,25 +75,26 @@ def measurements(settings: int) -> int:
 def race(
     settings: Sequence[T],
     measure: Callable[[T], float],
-    is_over: Callable[[], bool],
+    used: Callable[[], float],
     draw: random.Random,
 ) -> Outcome[T]:
     """Find the fastest of `settings`, the first of which is the default.
 
-    `measure` gives a rate; `is_over` is asked before each measurement but the first.
+    `measure` gives a rate. `used`, asked before each measurement but the first, is the share of
+    the time that is over: at FINAL_FROM the fastest so far goes to the final, at 1 that ends.
     """
     default, *others = (Runner(setting) for setting in settings)
     default.rates.append(measure(default.setting))
     left = others
-    while len(left) > 1 and not is_over():
+    while len(left) > 1 and used() < FINAL_FROM:
         for runner in draw.sample(left, len(left)):
-            if is_over():
+            if used() >= FINAL_FROM:
                 break
             runner.rates.append(measure(runner.setting))
         left = _ranked(left)[: -(-len(left) // 2)]
     winner = default
-    if len(left) == 1:
-        _final(default, left[0], measure, is_over)
+    if left:
+        _final(default, left[0], measure, used)
         if is_faster(left[0].final, default.final):
             winner = left[0]
     return Outcome(winner, (default, *_ranked(others)))
@@ -107,13 +110,13 @@ def _final(
     default: Runner[T],
     other: Runner[T],
     measure: Callable[[T], float],
-    is_over: Callable[[], bool],
+    used: Callable[[], float],
 ) -> None:
     for number in range(FINAL_PAIRS):
         pair = []
         # Whoever comes second gains from nothing.
         for runner in (default, other) if number % 2 else (other, default):
-            if is_over():
+            if used() >= 1:
                 return
             pair.append((runner, measure(runner.setting)))
         for runner, rate in pair:

@@ -9,7 +9,13 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
-from flashmoe.bench.decode_run import DecodeRun, RunFailed, decode_run
+from flashmoe.bench.decode_run import (
+    LEAST_TOKENS,
+    PATIENCE,
+    DecodeRun,
+    RunFailed,
+    decode_run,
+)
 from flashmoe.bench.race import is_faster
 from flashmoe.bench.tune_reads import TunedReads
 from flashmoe.io.plain import plain_rate
@@ -21,11 +27,11 @@ MARGIN = 0.05
 # The bank warms up during the first of a run's tokens.
 WARM_UP_SHARE = 0.25
 SEGMENTS = 6
-LEAST_TOKENS = 12
 # Of the time for all runs: what the first may decode, and what it may take with loading.
 DECODE_SHARE, FIRST_SHARE = 0.1, 0.9
 MOST_DECODE_SECONDS = 6.0
 HALF = 0.5
+SLOWEST = 1.5
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ class _Runs:
             self.notes.append(f"no time was left for: {name}")
             return None
         # Slower than the first by half is too slow to be of interest.
-        seconds = 1.5 * sum(self.arms[0].run.token_seconds)
+        seconds = SLOWEST * sum(self.arms[0].run.token_seconds) / PATIENCE
         return self._run(name, choice, seconds, self.left)
 
     def _run(self, name: str, choice: Choice, seconds: float, limit: float) -> _Arm | None:

@@ -177,7 +177,8 @@ def _race(
     # What a measurement really takes: a slow disk needs more for one batch.
     taken = max(clock() - started, 1e-9)
     count = affordable(int((ends - clock()) / taken))
-    return race(settings[: max(count, 1)], measure, lambda: clock() >= ends, draw)
+    used = lambda: 1 - (ends - clock()) / max(seconds, 1e-9)  # noqa: E731
+    return race(settings[: max(count, 1)], measure, used, draw)
 
 
 def _row(
