@@ -16,6 +16,7 @@ from flashmoe.cli.generate import generate
 from flashmoe.cli.info import info
 from flashmoe.cli.stores import inspect, repack, verify
 from flashmoe.cli.trace import trace
+from flashmoe.cli.tune import tune
 from flashmoe.errors import FlashMoEError, OptionError
 
 INTERRUPTED = 130
@@ -29,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, generate, repack, inspect, verify, eval, trace, info):
+for command in (chat, generate, repack, inspect, verify, eval, tune, trace, info):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 

@@ -162,11 +162,13 @@ def stream_experts(
     stats: Stats,
     widen: bool,
     policy: str = "auto",
+    sweep_reader: Reader | None = None,
 ) -> StreamingModel:
     """Replace every routed-expert module of `model` with one over a bank of its own.
 
     With `group_records`, prompts go through staging groups of that size, which layers of one
-    record layout share; without any, they go through the banks.
+    record layout share and `sweep_reader` (by default `reader`) reads into; without any, they
+    go through the banks.
     """
     modules = expert_modules(model)
     banks = []
@@ -194,7 +196,7 @@ def stream_experts(
             staging = stagings[layout.record]
             forwards = [prompt_kernel(group.weights, spec) for group in staging.groups]
             path = store.file(layout.file)
-            sweep = Sweep(path, layout, reader, stats, bank, staging, forwards)
+            sweep = Sweep(path, layout, sweep_reader or reader, stats, bank, staging, forwards)
         children = extra_children(module)
         streamed[layout.path] = StreamedExperts(bank, bind, stats, children, sweep)
         banks.append(bank)
