@@ -35,11 +35,12 @@ from flashmoe.model.load import (
     stream_experts,
     use_native_linears,
 )
-from flashmoe.model.memory import choose_context, choose_widening, plan_model
+from flashmoe.model.memory import choose_context, choose_widening, govern, plan_model
 from flashmoe.model.routers import find_forecasters
 from flashmoe.options import Options
 from flashmoe.repacking.execute import Progress
 from flashmoe.store.reader import Store
+from flashmoe.streaming.governor import Governor
 from flashmoe.streaming.telemetry import Stats
 
 
@@ -60,6 +61,7 @@ class FlashMoEModel:
         """Load an open store, as `options` or options by name say; raises as `from_pretrained`."""
         options = replace(options or Options(), **named)
         kernel = resolve_kernel(options.kernel)
+        found_bytes = machine.resident_set_bytes() + machine.usable_memory_bytes()
         config = read_config(store.path)
         widen = choose_widening(config, options.dtype)
         # The native kernels read 16-bit scales and weights of float32 arithmetic as they are.
@@ -99,6 +101,17 @@ class FlashMoEModel:
             stats=self._stats,
             widen=widen_records,
             policy=options.policy,
+        )
+        self._governor: Governor | None = govern(
+            self._streaming,
+            self.memory_plan,
+            store.manifest,
+            config,
+            probed,
+            options,
+            widen=widen,
+            widen_records=widen_records,
+            found_bytes=found_bytes,
         )
         # Finding routers takes up to a second: not where nothing could be read ahead.
         if options.forecast and self._streaming.reads_ahead:
@@ -145,8 +158,8 @@ class FlashMoEModel:
 
     @property
     def bank_bytes(self) -> int:
-        """Memory of all slots."""
-        return self.memory_plan.bank_bytes
+        """Memory of all slots, as it is now."""
+        return self.memory_plan.bank_bytes if self._governor is None else self._governor.bank_bytes
 
     def session(self) -> Session:
         """A conversation that keeps its KV cache between turns."""
@@ -156,6 +169,7 @@ class FlashMoEModel:
             self._stats,
             context=self.context,
             chunk=self.memory_plan.prompts.chunk_tokens,
+            before_step=self._governor.before_step if self._governor else None,
         )
 
     def stream(
@@ -223,6 +237,7 @@ class FlashMoEModel:
             self._streaming.close()
         self._reader = None
         self._streaming = None
+        self._governor = None
 
     def _running(self) -> StreamingModel:
         if self._streaming is None:

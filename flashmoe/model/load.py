@@ -55,6 +55,15 @@ class StreamingModel:
             if guess is not None and layer.reads_apart and bank.reads_ahead:
                 layer.foresight = Foresight(guess, bank, trial)
 
+    def slots(self) -> list[int]:
+        """How many slots each layer's bank has."""
+        return [bank.memory.n_slots for bank in self.banks]
+
+    @property
+    def resizes_in_place(self) -> bool:
+        """Whether banks change their size without new arrays, which makes that cheap."""
+        return all(bank.memory.reserves for bank in self.banks)
+
     def resize(self, slots: Sequence[int]) -> None:
         """Have so many slots in each layer's bank; those that shrink do so first.
 

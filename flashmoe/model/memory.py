@@ -8,12 +8,14 @@ import mlx.core as mx
 
 from flashmoe import machine
 from flashmoe.checkpoint.architecture import Routing
-from flashmoe.checkpoint.caches import cache_bytes
+from flashmoe.checkpoint.caches import STEP_TOKENS, cache_bytes
 from flashmoe.checkpoint.config import Config, largest
 from flashmoe.errors import OptionError
+from flashmoe.model.load import StreamingModel
 from flashmoe.options import Options
 from flashmoe.store.manifest import Manifest
 from flashmoe.streaming import budget
+from flashmoe.streaming.governor import LOOK_TOKENS, Governor, Limits
 from flashmoe.units import parse_size
 
 DEFAULT_CONTEXT = 4096
@@ -64,40 +66,96 @@ def plan_model(
             machine.usable_memory_bytes() * DEFAULT_MEMORY_SHARE
         )
     staging_bytes = budget.all_staging_bytes(layouts, widen_records)
-
-    def scratch(chunk: int, swept: bool) -> int:
-        return staging_bytes + budget.scratch_bytes(
-            chunk=chunk,
-            context=context,
-            width=probed.width,
-            heads=largest(config, "num_attention_heads"),
-            vocabulary=probed.vocabulary,
-            top_k=max(layout.top_k for layout in layouts),
-            materialized_scores=mx.default_device() == mx.cpu,
-            swept=swept,
-        )
-
+    kv_bytes = _kv_bytes(probed.caches, context, manifest, widen)
     return budget.plan_memory(
         total_bytes=total_bytes,
         bank_bytes=bank_bytes,
         process_bytes=machine.resident_set_bytes() + budget.SLACK_BYTES,
         resident_bytes=budget.resident_bytes(manifest, widen),
-        kv_bytes=_kv_bytes(probed.caches, context, manifest, widen),
+        kv_bytes=kv_bytes,
         prompts=budget.prompt_plans(
-            scratch,
+            lambda chunk, swept: (
+                staging_bytes + _scratch_bytes(manifest, config, probed, chunk, context, swept)
+            ),
             context=context,
             group_bytes=budget.group_bytes(layouts, widen_records),
             most_records=max(layout.n_experts for layout in layouts),
         ),
         demands=demands,
+        lendable_bytes=kv_bytes - _kv_bytes(probed.caches, 1, manifest, widen),
     )
 
 
-def _kv_bytes(caches: list[Any], context: int, manifest: Manifest, widen: bool) -> int:
+def govern(
+    streaming: StreamingModel,
+    plan: budget.MemoryPlan,
+    manifest: Manifest,
+    config: Config,
+    probed: Routing,
+    options: Options,
+    *,
+    widen: bool,
+    widen_records: bool,
+    found_bytes: int,
+) -> Governor | None:
+    """What keeps a loaded model at its number; None where the bank's size was given.
+
+    `found_bytes`: the memory that this process had and could have had before it was loaded.
+    """
+    if plan.total_bytes is None or options.cache is not None:
+        return None
+    layouts = [layer.layout for layer in manifest.layers]
+    demands = budget.layer_demands(layouts, widen_records)
+    in_place = streaming.resizes_in_place
+    swept = plan.prompts.group_records > 0
+
+    def coming(known: int, new: int, held: int) -> int:
+        # Where resizing is dear, what prompts need is not lent to the banks between them.
+        fed = new if in_place else max(new, plan.prompts.chunk_tokens)
+        scratch = _scratch_bytes(manifest, config, probed, fed, known + new, swept)
+        # As far as the next look.
+        tokens = known + new + LOOK_TOKENS
+        if _kv_bytes(probed.caches, tokens, manifest, widen, filled=True) <= held:
+            return scratch
+        # Behind a part of a step, mlx-lm adds whole ones.
+        tokens += STEP_TOKENS - 1
+        grown = _kv_bytes(probed.caches, tokens, manifest, widen)
+        # A layer's cache exists twice while it grows, and keys and values wait for being written.
+        largest_layer = max(_kv_bytes([cache], tokens, manifest, widen) for cache in probed.caches)
+        return scratch + max(grown - held, 0) + 2 * largest_layer
+
+    return Governor(
+        Limits.of(plan.total_bytes, demands, found_bytes=found_bytes, in_place=in_place),
+        demands,
+        slots=streaming.slots,
+        resize=streaming.resize,
+        coming=coming,
+    )
+
+
+def _scratch_bytes(
+    manifest: Manifest, config: Config, probed: Routing, chunk: int, context: int, swept: bool
+) -> int:
+    """What feeding `chunk` tokens takes beside weights and caches when there are `context` then."""
+    return budget.scratch_bytes(
+        chunk=chunk,
+        context=context,
+        width=probed.width,
+        heads=largest(config, "num_attention_heads"),
+        vocabulary=probed.vocabulary,
+        top_k=max(layer.layout.top_k for layer in manifest.layers),
+        materialized_scores=mx.default_device() == mx.cpu,
+        swept=swept,
+    )
+
+
+def _kv_bytes(
+    caches: list[Any], tokens: int, manifest: Manifest, widen: bool, *, filled: bool = False
+) -> int:
     """The probe's caches are float32; what runs has 16-bit ones where activations are 16-bit."""
     tensors = [tensor.dtype for shard in manifest.resident for tensor in shard.tensors]
     narrow = not widen and ("BF16" in tensors or "F16" in tensors) and "F32" not in tensors
-    return cache_bytes(caches, context) // (2 if narrow else 1)
+    return cache_bytes(caches, tokens, filled=filled) // (2 if narrow else 1)
 
 
 def _bank_bytes(cache: str | int | None, demands: list[budget.LayerDemand]) -> int | None:
