@@ -33,6 +33,7 @@ from flashmoe.model.load import (
     build_skeleton,
     load_resident,
     stream_experts,
+    use_native_attention,
     use_native_linears,
 )
 from flashmoe.model.memory import choose_context, choose_widening, govern, plan_model
@@ -86,6 +87,8 @@ class FlashMoEModel:
         load_resident(skeleton, store, widen)
         if kernel == "cpu":
             use_native_linears(skeleton)
+            if mx.default_device() == mx.cpu:
+                use_native_attention(skeleton)
         self.store = store
         self.tokenizer = tokenizer
         self._stats = Stats()
