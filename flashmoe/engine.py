@@ -36,7 +36,7 @@ from flashmoe.model.load import (
     use_native_attention,
     use_native_linears,
 )
-from flashmoe.model.memory import choose_context, choose_widening, govern, plan_model
+from flashmoe.model.memory import Needs, choose_context, choose_widening, govern, plan_model
 from flashmoe.model.routers import find_forecasters
 from flashmoe.options import Options
 from flashmoe.repacking.execute import Progress
@@ -71,9 +71,8 @@ class FlashMoEModel:
         tokenizer = load_tokenizer(store.path, config.get("eos_token_id"), probed.vocabulary)
         skeleton = build_skeleton(store, config)
         self.context = choose_context(config, options.context)
-        self.memory_plan = plan_model(
-            store.manifest, config, probed, options, widen=widen, widen_records=widen_records
-        )
+        needs = Needs(store.manifest, config, probed, self.context, widen, widen_records)
+        self.memory_plan = plan_model(needs, options)
         self.reader = resolve_reader(options.reader)
         self.page_cache = choose_page_cache(
             options.page_cache,
@@ -105,17 +104,12 @@ class FlashMoEModel:
             widen=widen_records,
             policy=options.policy,
         )
-        self._governor: Governor | None = govern(
-            self._streaming,
-            self.memory_plan,
-            store.manifest,
-            config,
-            probed,
-            options,
-            widen=widen,
-            widen_records=widen_records,
-            found_bytes=found_bytes,
-        )
+        self._governor: Governor | None = None
+        # A bank of a given size keeps it.
+        if self.memory_plan.total_bytes is not None and options.cache is None:
+            self._governor = govern(
+                needs, self.memory_plan, self._streaming, found_bytes=found_bytes
+            )
         # Finding routers takes up to a second: not where nothing could be read ahead.
         if options.forecast and self._streaming.reads_ahead:
             self._streaming.foresee(find_forecasters(skeleton, config))
