@@ -58,6 +58,8 @@ print(json.dumps({{
     "kv": plan.kv_bytes,
     "lent": plan.lent_bytes,
     "prompts": plan.prompts.nbytes,
+    "chunk": plan.prompts.chunk_tokens,
+    "ids": ids,
     "hit_rate": model.stats().hit_rate,
 }}))
 """
@@ -81,7 +83,7 @@ def test_peak_is_the_number_whatever_the_number(big_store: Store) -> None:
     refused = run(big_store, 100_000_000)
     least = int(refused["least"])
     assert f"{-(-least // 10**6)}MB" in str(refused["message"])
-    banks, prompts = [], []
+    banks, prompts, answers = [], [], []
     for memory in (least, least + 60_000_000, least + 150_000_000):
         report = run(big_store, memory)
         assert report["planned"] <= memory
@@ -92,6 +94,9 @@ def test_peak_is_the_number_whatever_the_number(big_store: Store) -> None:
         assert report["banks"][0] < report["banks"][1] > report["bank"]
         banks.append(report["bank"])
         prompts.append(report["prompts"])
+        answers.append((report["chunk"], report["ids"]))
+    # Banks of other sizes that change at other times.
+    assert answers[0] == answers[1] == answers[2]
     # The bank gets what more memory brings, less the shares of prompts and of what MLX may keep.
     assert prompts[0] < prompts[1] <= prompts[2]
     assert banks[1] - banks[0] > 48_000_000
