@@ -27,7 +27,7 @@ from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Ses
 from flashmoe.io.reader import Reader
 from flashmoe.io.select import choose_page_cache, open_reader, resolve_reader
 from flashmoe.kernels.select import resolve_kernel, select_kernel, select_prompt_kernel
-from flashmoe.locate import cache_folder, open_model
+from flashmoe.locate import cache_folder, lock_folder, open_model
 from flashmoe.model.load import (
     StreamingModel,
     build_skeleton,
@@ -40,6 +40,7 @@ from flashmoe.model.memory import Needs, choose_context, choose_widening, govern
 from flashmoe.model.routers import find_forecasters
 from flashmoe.options import Options
 from flashmoe.repacking.execute import Progress
+from flashmoe.store.claim import claim
 from flashmoe.store.reader import Store
 from flashmoe.streaming.governor import Governor
 from flashmoe.streaming.telemetry import Stats
@@ -62,6 +63,7 @@ class FlashMoEModel:
         """Load an open store, as `options` or options by name say; raises as `from_pretrained`."""
         options = replace(options or Options(), **named)
         kernel = resolve_kernel(options.kernel)
+        self._claim = claim(store, lock_folder(), share=options.share)
         found_bytes = machine.resident_set_bytes() + machine.usable_memory_bytes()
         config = read_config(store.path)
         widen = choose_widening(config, options.dtype)
@@ -134,8 +136,8 @@ class FlashMoEModel:
         `revision` and `progress` as in `flashmoe.repack`). The engine's options are those of
         `flashmoe.Options`, as a whole or by name: `from_pretrained(path, memory="24GB")`.
 
-        Raises SourceError, StoreError, OptionError, or MemoryBudgetError naming the least that
-        would fit.
+        Raises SourceError, StoreError, StoreInUseError, OptionError, or MemoryBudgetError naming
+        the least that would fit.
         """
         options = replace(options or Options(), **named)
         store = open_model(
@@ -235,6 +237,7 @@ class FlashMoEModel:
         self._reader = None
         self._streaming = None
         self._governor = None
+        self._claim.release()
 
     def _running(self) -> StreamingModel:
         if self._streaming is None:

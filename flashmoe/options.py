@@ -32,6 +32,8 @@ class Options:
         where that turns out to pay.
     policy: which expert gives way to one that is read: "lru", "clock", "slru", "s3fifo", "lfu",
         or "auto", which is "lfu": it missed least on held-out prompts.
+    share: whether other processes may run the same store at the same time. Each would take the
+        memory that it finds free; without it, the one that comes second is refused.
 
     Raises OptionError for a value that is wrong for every model.
     """
@@ -45,6 +47,7 @@ class Options:
     page_cache: bool | None = None
     forecast: bool = True
     policy: str = "auto"
+    share: bool = False
 
     def __post_init__(self) -> None:
         if self.memory is not None:

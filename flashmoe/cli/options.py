@@ -100,6 +100,10 @@ Policy = Annotated[
         help="Which expert gives way in the bank: auto, lru, clock, slru, s3fifo or lfu.",
     ),
 ]
+Share = Annotated[
+    bool,
+    typer.Option("--share", help="Run although another process runs the same store."),
+]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Also print hits, misses and bytes read.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON for programs.")]
 
@@ -116,6 +120,7 @@ class EngineOptions:
     page_cache: PageCache = None
     forecast: Forecast = True
     policy: Policy = "auto"
+    share: Share = False
 
 
 def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
