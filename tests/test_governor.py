@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flashmoe import machine
+from flashmoe.streaming.balance import LEARN_TOKENS, Balance
 from flashmoe.streaming.budget import LayerDemand
 from flashmoe.streaming.governor import (
     CALM_SECONDS,
@@ -218,16 +220,17 @@ class Machine:
         self.asked.append((known, new, held))
         return self.coming
 
-    def governor(self, total_bytes: int = 400 * MB) -> Governor:
+    def governor(self, balance: Balance | None = None) -> Governor:
         def resize(slots: Sequence[int]) -> None:
             self.slots = list(slots)
 
         return Governor(
-            Limits.of(total_bytes, self.demands, found_bytes=1000 * MB, in_place=True),
+            Limits.of(400 * MB, self.demands, found_bytes=1000 * MB, in_place=True),
             self.demands,
             slots=lambda: self.slots,
             resize=resize,
             coming=self.ask,
+            balance=balance,
             clock=lambda: self.now,
         )
 
@@ -323,3 +326,22 @@ class TestGovernor:
         process.beside -= MB
         governor.before_step(16, 1, no_cache)
         assert governor.n_resizes == 1
+
+    def test_layers_that_need_more_get_more(self, process: Machine) -> None:
+        uses = [np.zeros(100, np.int64) for _ in range(4)]
+        balance = Balance(process.demands, lambda: uses)
+        governor = process.governor(balance=balance)
+        for known in range(LEARN_TOKENS + LOOK_TOKENS):
+            uses[0][known % 10] += 1
+            for counts in uses[1:]:
+                counts[known % 100] += 1
+            governor.before_step(known, 1, no_cache)
+            if known < LEARN_TOKENS - LOOK_TOKENS:
+                assert process.slots in ([50] * 4, [75, 74, 74, 74])
+        assert process.slots[0] < 20
+        assert sum(process.slots) == 297
+        # Under the same number, and with these shares from now on.
+        process.coming = 60 * MB
+        governor.before_step(known + 1, 200, no_cache)
+        assert process.slots[0] < 20
+        assert sum(process.slots) == 237

@@ -9,6 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
 
 from flashmoe.checkpoint.architecture import (
     build_resident,
@@ -59,6 +61,10 @@ class StreamingModel:
     def slots(self) -> list[int]:
         """How many slots each layer's bank has."""
         return [bank.memory.n_slots for bank in self.banks]
+
+    def uses(self) -> list[npt.NDArray[np.int64]]:
+        """How often single tokens used each expert of each layer."""
+        return [layer.uses for layer in self.layers]
 
     @property
     def resizes_in_place(self) -> bool:

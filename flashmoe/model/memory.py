@@ -17,6 +17,7 @@ from flashmoe.options import Options
 from flashmoe.store.layout import LayerLayout
 from flashmoe.store.manifest import Manifest
 from flashmoe.streaming import budget
+from flashmoe.streaming.balance import Balance
 from flashmoe.streaming.governor import LOOK_TOKENS, Governor, Limits
 from flashmoe.units import parse_size
 
@@ -162,6 +163,7 @@ def govern(
         slots=streaming.slots,
         resize=streaming.resize,
         coming=coming,
+        balance=Balance(needs.demands, streaming.uses) if in_place else None,
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from flashmoe import machine
+from flashmoe.streaming.balance import Balance
 from flashmoe.streaming.budget import LayerDemand, least_bank_bytes, most_bank_bytes, share_slots
 
 # Of the number, what is kept free for what no estimate knows; at least so much.
@@ -156,7 +157,7 @@ class Governor:
 
     `slots` are the layers' present counts, `resize` changes them. `coming(known, new, held)` is
     what feeding `new` tokens behind `known` ones takes on top, at most, when caches of tokens
-    have `held` bytes already. `share(bank_bytes)` gives slots per layer.
+    have `held` bytes already. With a `balance`, layers' shares follow what they need.
     """
 
     def __init__(
@@ -167,7 +168,7 @@ class Governor:
         slots: Callable[[], Sequence[int]],
         resize: Callable[[Sequence[int]], None],
         coming: Callable[[int, int, int], int],
-        share: Callable[[int], Sequence[int]] | None = None,
+        balance: Balance | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits
@@ -175,7 +176,7 @@ class Governor:
         self._slots = slots
         self._resize = resize
         self._coming = coming
-        self._share = share or (lambda bank_bytes: share_slots(demands, bank_bytes))
+        self._balance = balance
         self._clock = clock
         self._pressure = Pressure()
         self._looked = -LOOK_SECONDS
@@ -195,6 +196,8 @@ class Governor:
         """
         now = self._clock()
         single = new == 1
+        if single and self._balance is not None:
+            self._balance.count_token()
         if single and known % LOOK_TOKENS and now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
@@ -212,11 +215,17 @@ class Governor:
                 self.limits, self._read(before, coming, settled, now), self._pressure
             )
         self._pressure = pressure
-        if target != before:
+        moves = settled and self._balance is not None and self._balance.learn(self._slots())
+        if target != before or moves:
             wanted = self._share(target)
             if list(wanted) != list(self._slots()):
                 self._resize(wanted)
                 self.n_resizes += 1
+
+    def _share(self, bank_bytes: int) -> tuple[int, ...]:
+        if self._balance is None:
+            return share_slots(self._demands, bank_bytes)
+        return self._balance.share(bank_bytes)
 
     def _read(self, bank_bytes: int, coming_bytes: int, settled: bool, now: float) -> Reading:
         return Reading(
