@@ -40,6 +40,8 @@ from flashmoe.model.routers import find_forecasters
 from flashmoe.options import Options
 from flashmoe.repacking.execute import Progress
 from flashmoe.store.reader import Store
+from flashmoe.streaming import budget
+from flashmoe.streaming.parts import ALL_PARTS, Parts
 from flashmoe.streaming.telemetry import Stats
 
 
@@ -55,9 +57,14 @@ class FlashMoEModel:
         self,
         store: Store,
         options: Options | None = None,
+        *,
+        parts: Parts = ALL_PARTS,
         **named: Any,
     ) -> None:
-        """Load an open store, as `options` or options by name say; raises as `from_pretrained`."""
+        """Load an open store, as `options` or options by name say; raises as `from_pretrained`.
+
+        `parts` leaves parts of streaming out, to measure what they bring.
+        """
         options = replace(options or Options(), **named)
         kernel = resolve_kernel(options.kernel)
         config = read_config(store.path)
@@ -80,6 +87,9 @@ class FlashMoEModel:
             free_bytes=machine.usable_memory_bytes()
             - (self.memory_plan.planned_bytes - self.memory_plan.process_bytes),
         )
+        # After the page cache was decided on, so that all else is as it is with a bank.
+        if not parts.bank:
+            self.memory_plan = budget.least_bank(self.memory_plan, store.manifest)
         mx.set_cache_limit(self.memory_plan.reuse_bytes)
         load_resident(skeleton, store, widen)
         if kernel == "cpu":
@@ -99,6 +109,7 @@ class FlashMoEModel:
             stats=self._stats,
             widen=widen_records,
             policy=options.policy,
+            parts=parts,
         )
         # Finding routers takes up to a second: not where nothing could be read ahead.
         if options.forecast and self._streaming.reads_ahead:

@@ -26,6 +26,7 @@ from flashmoe.store.reader import Store
 from flashmoe.streaming.bank import LayerBank
 from flashmoe.streaming.experts import StreamedExperts
 from flashmoe.streaming.forecast import Foresight, Guess, Trial
+from flashmoe.streaming.parts import ALL_PARTS, Parts
 from flashmoe.streaming.sweep import Staging, Sweep
 from flashmoe.streaming.telemetry import Stats
 
@@ -123,6 +124,7 @@ def stream_experts(
     stats: Stats,
     widen: bool,
     policy: str = "auto",
+    parts: Parts = ALL_PARTS,
 ) -> StreamingModel:
     """Replace every routed-expert module of `model` with one over a bank of its own.
 
@@ -150,7 +152,7 @@ def stream_experts(
             sweep = Sweep(path, layout, reader, stats, bank, prompt_forward, staging, forwards)
         children = extra_children(module)
         streamed[layout.path] = StreamedExperts(
-            bank, forward, prompt_forward, stats, children, sweep
+            bank, forward, prompt_forward, stats, children, sweep, parts
         )
         banks.append(bank)
     replace_modules(model, streamed)

@@ -7,7 +7,7 @@ every output (`uses`) and evaluates those that are pending before it overwrites 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -128,6 +128,34 @@ class LayerBank:
             landed=self._land,
             lost=self._lose,
         )
+
+    def read_past(self, needed: Collection[int]) -> None:
+        """Forget every expert, and read all records but those of `needed`, each once the one
+        before is there; none of them stays.
+
+        Raises ReadError when a record cannot be read.
+        """
+        if self._closed:
+            raise FlashMoEError("the model is closed; load it again with from_pretrained")
+        self._settle_pending()
+        self._lose(self._ahead.drop(keep=()))
+        for expert in self.held():
+            self._policy.forget(expert)
+            self._free.append(int(self._slot_of[expert]))
+            self._slot_of[expert] = ABSENT
+        # The slot stays free: what lands in it belongs to nobody.
+        slot = self._free[-1]
+        for expert in range(self._layer.n_experts):
+            if expert not in needed:
+                arrivals = Arrivals(
+                    self._reader,
+                    [self._arrival(expert, slot, row=0)],
+                    apart=False,
+                    landed=self._count_read,
+                    lost=lambda lost: None,
+                )
+                with arrivals:
+                    self.wait(arrivals)
 
     @property
     def reads_ahead(self) -> bool:
@@ -278,6 +306,7 @@ class LayerBank:
         early = self._unused.intersection(experts)
         self._unused -= early
         right = len(early) + sum(expert in self._ahead for expert in missing)
+        self._stats.bytes_absent += self._layer.record.stride * (len(early) + len(missing))
         self.guessed_right += right
         self._stats.guessed_right += right
 
@@ -285,7 +314,10 @@ class LayerBank:
         for arrival in arrivals:
             self.memory.settle(arrival.slot, arrival.row)
             self._slot_of[arrival.expert] = arrival.slot
-            self._stats.bytes_read += self._layer.record.stride
+        self._count_read(arrivals)
+
+    def _count_read(self, arrivals: Sequence[Arrival]) -> None:
+        self._stats.bytes_read += self._layer.record.stride * len(arrivals)
 
     def _lose(self, arrivals: Sequence[Arrival]) -> None:
         # Whatever the slots hold now belongs to nobody.

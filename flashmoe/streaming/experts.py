@@ -14,6 +14,7 @@ import numpy.typing as npt
 from flashmoe.kernels.contract import ExpertForward
 from flashmoe.streaming.bank import LayerBank
 from flashmoe.streaming.forecast import Foresight
+from flashmoe.streaming.parts import ALL_PARTS, Parts
 from flashmoe.streaming.sweep import Sweep
 from flashmoe.streaming.telemetry import Stats
 
@@ -28,7 +29,7 @@ class StreamedExperts(nn.Module):
     resident parts of the replaced module (activation, norms), kept under their names. What
     needs more experts than one token does goes through `sweep`, or without one through the bank
     with `prompt_forward`. `observer`, when set, is called with each call's routed
-    experts [..., k].
+    experts [..., k]. `parts` says what of all this is on.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class StreamedExperts(nn.Module):
         stats: Stats,
         children: Mapping[str, Any],
         sweep: Sweep | None = None,
+        parts: Parts = ALL_PARTS,
     ) -> None:
         super().__init__()
         for name, child in children.items():
@@ -48,6 +50,7 @@ class StreamedExperts(nn.Module):
         self._prompt_forward: ExpertForward | None = prompt_forward
         self._stats = stats
         self._sweep = sweep
+        self._parts = parts
         # Set where the next layer's experts can be guessed.
         self.foresight: Foresight | None = None
         self.observer: Callable[[npt.NDArray[Any]], None] | None = None
@@ -74,6 +77,8 @@ class StreamedExperts(nn.Module):
             if self._sweep is not None:
                 return self._sweep(x, experts)
             return self._run_grouped(x, experts, distinct)
+        if one_token and not self._parts.routed:
+            self._bank.read_past(distinct.tolist())
         if one_token and self.reads_apart:
             y = self._run_overlapped(x, experts, guess)
         else:
@@ -83,8 +88,8 @@ class StreamedExperts(nn.Module):
 
     @property
     def reads_apart(self) -> bool:
-        """Whether records are so large that computing and reading overlap."""
-        return self._bank.record_bytes >= APART_BYTES
+        """Whether computing and reading overlap: records are large enough, and it is not off."""
+        return self._parts.overlap and self._bank.record_bytes >= APART_BYTES
 
     def close(self) -> None:
         """Give the bank's memory back; calls raise FlashMoEError afterwards."""

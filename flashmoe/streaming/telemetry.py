@@ -28,15 +28,17 @@ class Stats:
 
     An access is one distinct expert needed by one layer call: a `hit` when its record is in
     the bank, else a `miss`. `bytes_demanded` counts the record bytes of all accesses,
-    `bytes_read` those that came from disk. `guessed` counts records that were read ahead,
-    `guessed_right` those of them that were needed next. `tokens` counts generated tokens.
-    `after_layer` is called when a layer's routed experts are done.
+    `bytes_read` those that came from disk, and `bytes_absent` what of the demand was in memory
+    for no earlier demand: misses, and what was read ahead for this one. `guessed` counts
+    records that were read ahead, `guessed_right` those of them that were needed next. `tokens`
+    counts generated tokens. `after_layer` is called when a layer's routed experts are done.
     """
 
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
     bytes_demanded: int = 0
+    bytes_absent: int = 0
     guessed: int = 0
     guessed_right: int = 0
     prompt_tokens: int = 0
@@ -60,6 +62,7 @@ class Stats:
             misses=self.misses - earlier.misses,
             bytes_read=self.bytes_read - earlier.bytes_read,
             bytes_demanded=self.bytes_demanded - earlier.bytes_demanded,
+            bytes_absent=self.bytes_absent - earlier.bytes_absent,
             guessed=self.guessed - earlier.guessed,
             guessed_right=self.guessed_right - earlier.guessed_right,
             prompt_tokens=self.prompt_tokens - earlier.prompt_tokens,
