@@ -182,8 +182,5 @@ def _point(options: Options, run: PointRun, rate: DiskRate) -> DecodePoint:
         bank_share=run.bank_bytes / run.most_bank_bytes,
         peak_memory_bytes=run.peak_memory_bytes,
         page_cache=run.page_cache,
-        passes=tuple(
-            pass_figures(taken, run.computing_seconds, rate.bytes_per_second)
-            for taken in run.passes
-        ),
+        passes=tuple(pass_figures(taken, rate.bytes_per_second) for taken in run.passes),
     )

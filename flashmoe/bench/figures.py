@@ -68,19 +68,14 @@ def overlap(compute_seconds: float, read_seconds: float, wall_seconds: float) ->
     return (compute_seconds + read_seconds - wall_seconds) / shorter if shorter > 0 else None
 
 
-def pass_figures(
-    taken: Pass, computing_seconds: Sequence[float], disk_bytes_per_second: float
-) -> PassFigures:
-    """The figures of a pass that decoded a token at least.
-
-    `computing_seconds` are of its model's last step, done again with nothing to read.
-    """
+def pass_figures(taken: Pass, disk_bytes_per_second: float) -> PassFigures:
+    """The figures of a pass that decoded a token at least."""
     decode = taken.decode
     tokens = int(decode["tokens"])
     wall = decode["seconds"] / tokens
     phases = {name: decode[name] / tokens for name in ("computing", "experts", "reading")}
     phases["host"] = wall - sum(phases.values())
-    compute = float(np.median(computing_seconds)) if computing_seconds else None
+    compute = float(np.median(taken.computing_seconds)) if taken.computing_seconds else None
     read = decode["bytes_read"] / tokens / disk_bytes_per_second
     absent = decode["bytes_absent"] / tokens
     reached = decode["bytes_read"] / decode["seconds"]

@@ -157,7 +157,7 @@ def _notes(store: Store) -> list[str]:
 def _rungs(runs: Sequence[PointRun], disk_bytes_per_second: float) -> list[Rung]:
     rungs: list[Rung] = []
     for step, run in zip(STEPS, runs, strict=True):
-        figures = pass_figures(run.passes[0], run.computing_seconds, disk_bytes_per_second)
+        figures = pass_figures(run.passes[0], disk_bytes_per_second)
         rate = figures.tokens_per_second.median
         first = rungs[0].figures.tokens_per_second.median if rungs else rate
         before = rungs[-1].figures.tokens_per_second.median if rungs else rate

@@ -24,8 +24,8 @@ from flashmoe.streaming.telemetry import Stats
 
 # A pass that is over its seconds has decoded this many tokens all the same.
 LEAST_TOKENS = 8
-# How often the last step is done again, after one time that does not count.
-REPEATS = 16
+# How often an answer's last step is done again, after one time that does not count.
+REPEATS = 2
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Pass:
     Per answer: the tokens, the seconds from the question to the first of them, the tokens of
     the prompt and the seconds it took to feed. Per decoded token (all but each answer's first):
     the seconds from one to the next. `decode` is what was counted while these were decoded.
+    `computing_seconds`: the last step of an answer, done again with all of its experts in the
+    bank; none where that cannot be done.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Pass:
     prefill_seconds: list[float] = field(default_factory=list)
     token_seconds: list[float] = field(default_factory=list)
     decode: dict[str, float] = field(default_factory=dict)
+    computing_seconds: list[float] = field(default_factory=list)
 
     def add(self, spent: Stats) -> None:
         """Add what was counted while one answer was decoded, `seconds` in all and by phase."""
@@ -85,15 +88,13 @@ class Pass:
 
 @dataclass
 class PointRun:
-    """What a point gave. `most_bank_bytes` holds every expert. `computing_seconds`: the last step,
-    done again and again with all of its experts in the bank; none where that cannot be done."""
+    """What a point gave; `most_bank_bytes` would hold every expert."""
 
     bank_bytes: int
     most_bank_bytes: int
     page_cache: bool
     peak_memory_bytes: int
     passes: list[Pass]
-    computing_seconds: list[float]
 
 
 Progress = Callable[[float], None]
@@ -108,7 +109,6 @@ def run_point(point: Point, progress: Progress = lambda share: None) -> PointRun
     with FlashMoEModel(open_store(point.store), options, parts=Parts(**point.parts)) as model:
         runner = _Runner(model, point, progress)
         passes = [runner.run(number) for number in range(len(point.passes))]
-        computing = list(runner.repeat_last()) if point.parts["routed"] else []
         if point.trace is not None:
             record_routing(
                 model,
@@ -125,18 +125,16 @@ def run_point(point: Point, progress: Progress = lambda share: None) -> PointRun
             page_cache=model.page_cache,
             peak_memory_bytes=machine.peak_resident_set_bytes(),
             passes=passes,
-            computing_seconds=computing,
         )
 
 
 class _Runner:
-    """Answers prompts with one model, and remembers how the last answer ended."""
+    """Answers prompts with one model."""
 
     def __init__(self, model: FlashMoEModel, point: Point, progress: Progress) -> None:
         self._model = model
         self._point = point
         self._progress = progress
-        self._last: tuple[Session, list[int]] | None = None
 
     def say(self, n_passes: int, share: float) -> None:
         """Report `n_passes` whole passes and a share of the next one."""
@@ -211,16 +209,15 @@ class _Runner:
                 break
             last = time.perf_counter()
         taken.add(self._model.stats().since(before))
-        if len(answer) > 1:
-            self._last = session, [*ids, *answer[:-1]]
+        # Without routing, a step reads what it needs every time.
+        if len(answer) > 1 and point.parts["routed"]:
+            taken.computing_seconds += self._repeat_last(session, [*ids, *answer[:-1]])
 
-    def repeat_last(self) -> Iterator[float]:
-        """Seconds of feeding the last token again, waiting for reads left out.
+    def _repeat_last(self, session: Session, fed: list[int]) -> Iterator[float]:
+        """Seconds of feeding the last of these tokens again, waiting for reads left out.
 
         Its experts are in the bank from the time before. None where a cache cannot go back.
         """
-        assert self._last is not None  # a pass without a second token has raised
-        session, fed = self._last
         for number in range(1 + REPEATS):
             before = self._model.stats()
             for _ in session.stream(fed, max_new_tokens=1):

@@ -134,26 +134,30 @@ def decode(
 
 def _print_points(report: DecodeReport) -> None:
     _print_head(report)
-    rows = []
+    speeds, times = [], []
     for point in report.points:
+        given = None if point.memory_bytes is None else format_size(point.memory_bytes)
+        bank = f"{format_size(point.bank_bytes)} ({point.bank_share:.0%})"
         for figures in point.passes:
-            size = "" if point.memory_bytes is None else format_size(point.memory_bytes)
-            bank = f"{format_size(point.bank_bytes)} ({point.bank_share:.0%})"
-            row = [size, format_size(point.peak_memory_bytes), bank, figures.name]
-            rows.append(row + _cells(figures))
-    _print_table(("--memory", "peak", "bank (of all)", "pass"), rows)
+            peak = format_size(point.peak_memory_bytes)
+            speeds.append([given or "", peak, bank, figures.name, *_speed_cells(figures)])
+            times.append([given or bank, figures.name, *_time_cells(figures)])
+    _print_table(("--memory", "peak", "bank (of all)", "pass", *SPEEDS), speeds)
+    _print_table(("--memory" if report.points[0].memory_bytes else "bank", "pass", *TIMES), times)
 
 
 def _print_ladder(report: LadderReport) -> None:
     from flashmoe.cli.console import out
 
     _print_head(report)
-    rows = []
+    speeds, times = [], []
     for rung in report.rungs:
+        sizes = [format_size(size) for size in (rung.peak_memory_bytes, rung.bank_bytes)]
         ratios = [f"{rung.of_naive:.2f}", f"{rung.of_previous:.2f}"]
-        bank = format_size(rung.bank_bytes)
-        rows.append([rung.name, *ratios, bank, *_cells(rung.figures)])
-    _print_table(("rung", "x naive", "x before", "bank"), rows)
+        speeds.append([rung.name, *ratios, *sizes, *_speed_cells(rung.figures)])
+        times.append([rung.name, *_time_cells(rung.figures)])
+    _print_table(("rung", "x naive", "x before", "peak", "bank", *SPEEDS), speeds)
+    _print_table(("rung", *TIMES), times)
     out.print(
         f"{report.rungs[-1].of_naive:.2f} times naive, target {report.target:.1f}: "
         f"{'reached' if report.reached else 'missed'}; every rung gave the same tokens",
@@ -176,7 +180,7 @@ def _print_head(report: DecodeReport | LadderReport) -> None:
     )
 
 
-COLUMNS = (
+SPEEDS = (
     "tokens",
     "tok/s (p10 to p90)",
     "prompt tok/s",
@@ -185,44 +189,60 @@ COLUMNS = (
     "read/token",
     "read/absent",
     "GB/s (of disk)",
-    "ms: computing + experts + reading + host",
-    "compute | read alone",
+)
+# Milliseconds per token, by phase, and what computing and reading would take alone.
+TIMES = (
+    "ms/token",
+    "computing",
+    "experts",
+    "reading",
+    "host (share)",
+    "compute alone",
+    "read alone",
     "overlap",
     "waiting",
-    "host",
 )
 
 
-def _print_table(first: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
 
     from flashmoe.cli.console import out
 
     table = Table()
-    for column in (*first, *COLUMNS):
-        table.add_column(column, overflow="fold")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
     for row in rows:
         table.add_row(*row)
     out.print(table)
 
 
-def _cells(figures: PassFigures) -> list[str]:
-    compute = figures.compute_seconds
+def _speed_cells(figures: PassFigures) -> list[str]:
     return [
         str(figures.tokens),
         _spread(figures.tokens_per_second),
-        _spread(figures.prefill_tokens_per_second),
+        f"{figures.prefill_tokens_per_second.median:.1f}",
         format_duration(figures.first_token_seconds.median),
         f"{figures.hit_rate:.0%}",
         format_size(figures.bytes_read_per_token),
         _number(figures.read_of_absent),
         f"{figures.bytes_per_second / 1e9:.2f} ({figures.share_of_disk:.0%})",
-        " + ".join(f"{1000 * seconds:.1f}" for seconds in figures.phases.values()),
-        f"{'?' if compute is None else f'{1000 * compute:.1f}'} | "
+    ]
+
+
+def _time_cells(figures: PassFigures) -> list[str]:
+    phases = {name: f"{1000 * seconds:.1f}" for name, seconds in figures.phases.items()}
+    compute = figures.compute_seconds
+    return [
+        f"{1000 * figures.token_seconds:.1f}",
+        phases["computing"],
+        phases["experts"],
+        phases["reading"],
+        f"{phases['host']} ({figures.host_share:.0%})",
+        "" if compute is None else f"{1000 * compute:.1f}",
         f"{1000 * figures.read_seconds:.1f}",
         _number(figures.overlap),
         _number(figures.waiting_of_disk),
-        f"{figures.host_share:.0%}",
     ]
 
 
