@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flashmoe.bench.cache import SHARES, bench_cache
 from flashmoe.bench.child import run_in_child
-from flashmoe.bench.disk import SECONDS, Disk, DiskRate
+from flashmoe.bench.disk import Disk, DiskRate
 from flashmoe.bench.figures import PassFigures, pass_figures
 from flashmoe.bench.point import Point, PointRun
 from flashmoe.bench.prompts import PROMPTS
@@ -93,20 +93,19 @@ def bench_decode(
     asked: Asked,
     *,
     record: bool = False,
-    disk_seconds: float = SECONDS,
     progress: Progress = lambda done, total: None,
 ) -> DecodeReport:
     """Answer the prompts with each of `sizes` (memory or cache, and all other options).
 
-    Disk and points take turns. With `record`, one more pass of the first point records its
-    routing, to be replayed over all bank sizes. `progress(done, total)` counts thousandths of a
-    point. Raises what opening a store and answering raise.
+    Points and samples of the disk take turns. With `record`, one more pass of the first point
+    records its routing, to be replayed over all bank sizes. `progress(done, total)` counts
+    thousandths of a point. Raises what opening a store and answering raise.
     """
     store = open_store(folder)
     total = 1000 * len(sizes)
     progress(0, total)
-    disk = Disk(store, disk_seconds, tick=lambda: progress(0, total))
-    notes = [*disk.notes, *page_cache_notes(store)]
+    disk = Disk(store)
+    notes = page_cache_notes(store)
     runs: list[PointRun] = []
     with tempfile.TemporaryDirectory(prefix="flashmoe-") as scratch:
         trace = Path(scratch, "routing.trace")
@@ -114,14 +113,13 @@ def bench_decode(
             point = point_of(store, options, asked, (COLD, WARM))
             if record and number == 0:
                 point = replace(point, trace=str(trace))
-            disk.sample()
             evict(store_files(store))
 
             def say(share: float, first: int = 1000 * number) -> None:
                 progress(first + round(1000 * share), total)
 
             runs.append(run_in_child(point, cgroup_bytes=asked.cgroup_bytes, progress=say))
-        disk.sample()
+            disk.sample()
         hit_rates = _hit_rates(trace) if record else ()
     progress(total, total)
     rate = disk.rate()
@@ -132,7 +130,7 @@ def bench_decode(
         max_tokens=asked.max_tokens,
         cgroup_bytes=asked.cgroup_bytes,
         disk=rate,
-        notes=tuple(notes),
+        notes=(*disk.notes, *notes),
         points=tuple(_point(options, run, rate) for options, run in zip(sizes, runs, strict=True)),
         hit_rates=hit_rates,
     )

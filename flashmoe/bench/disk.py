@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from flashmoe.bench.reading import Destinations, open_titled, read_for, reader_titles
 from flashmoe.bench.records import evict, record_files
-from flashmoe.bench.rivals import find_rival
+from flashmoe.bench.rivals import Rival, find_rival
 from flashmoe.io.files import uncached_problem
 from flashmoe.io.pieces import DEFAULT_THREADS
 from flashmoe.store.reader import Store
 
 # Records in flight.
 DEPTH = 8
+# Per reading, and how often both read per sample.
 SECONDS = 0.3
+ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -37,33 +38,35 @@ class Disk:
     page cache where the file system can; the disk's rate is that of whoever is faster.
     """
 
-    def __init__(
-        self, store: Store, seconds: float = SECONDS, tick: Callable[[], None] = lambda: None
-    ) -> None:
-        """Finds the fastest rival, `tick` called between trials. Raises as `find_rival` does."""
+    def __init__(self, store: Store) -> None:
+        self.notes: list[str] = []
         self._files = record_files(store)
-        self._seconds = seconds
-        page_cache = uncached_problem(self._files.paths[0]) is not None
+        self._page_cache = uncached_problem(self._files.paths[0]) is not None
         self._depth = min(DEPTH, self._files.records)
-        self._rival, self.notes = find_rival(self._files, page_cache, self._depth, seconds, tick)
+        self._rival: Rival | None = None
         self._reader = reader_titles("pread")[0]
-        self._opener = partial(open_titled, self._reader, DEFAULT_THREADS, page_cache)
-        self._destinations = Destinations(self._files, self._depth)
-        self._rates: dict[str, list[float]] = {self._rival.name: [], self._reader: []}
+        self._opener = partial(open_titled, self._reader, DEFAULT_THREADS, self._page_cache)
+        self._destinations: Destinations | None = None
+        self._rates: dict[str, list[float]] = {self._reader: []}
 
     def sample(self) -> None:
-        """Measure once more."""
-        evict(self._files.paths)
-        self._rates[self._rival.name].append(self._rival.rate(self._depth, self._seconds))
-        reading = read_for(
-            self._seconds,
-            self._files,
-            self._depth,
-            self._opener,
-            self._destinations,
-            random.Random(),
-        )
-        self._rates[self._reader].append(reading.bytes_per_second)
+        """Measure ROUNDS times more, at first finding the fastest rival.
+
+        Raises as `find_rival` does, and ReadError.
+        """
+        if self._rival is None or self._destinations is None:
+            self._destinations = Destinations(self._files, self._depth)
+            self._rival, self.notes = find_rival(
+                self._files, self._page_cache, self._depth, SECONDS, tick=lambda: None
+            )
+            self._rates[self._rival.name] = []
+        for _ in range(ROUNDS):
+            evict(self._files.paths)
+            self._rates[self._rival.name].append(self._rival.rate(self._depth, SECONDS))
+            reading = read_for(
+                SECONDS, self._files, self._depth, self._opener, self._destinations, random.Random()
+            )
+            self._rates[self._reader].append(reading.bytes_per_second)
 
     def rate(self) -> DiskRate:
         """Of all samples so far, of which there is one at least."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flashmoe.bench.child import run_in_child
 from flashmoe.bench.decode import COLD, Asked, Progress, page_cache_notes, point_of, store_files
-from flashmoe.bench.disk import SECONDS, Disk, DiskRate
+from flashmoe.bench.disk import Disk, DiskRate
 from flashmoe.bench.figures import PassFigures, pass_figures
 from flashmoe.bench.point import PointRun
 from flashmoe.bench.records import evict
@@ -84,7 +84,6 @@ def bench_ladder(
     asked: Asked,
     *,
     rung_seconds: float = RUNG_SECONDS,
-    disk_seconds: float = SECONDS,
     progress: Progress = lambda done, total: None,
 ) -> LadderReport:
     """Answer the prompts once per rung, each in a fresh process, cold, in the same memory.
@@ -95,8 +94,8 @@ def bench_ladder(
     store = open_store(folder)
     total = 1000 * len(STEPS)
     progress(0, total)
-    disk = Disk(store, disk_seconds, tick=lambda: progress(0, total))
-    notes = [*disk.notes, *page_cache_notes(store), *_notes(store)]
+    disk = Disk(store)
+    notes = [*page_cache_notes(store), *_notes(store)]
     runs: list[PointRun] = []
     for number, step in enumerate(STEPS):
         point = replace(
@@ -104,7 +103,6 @@ def bench_ladder(
             parts=asdict(step.parts),
             most_seconds=rung_seconds,
         )
-        disk.sample()
         evict(store_files(store))
 
         def say(share: float, first: int = 1000 * number) -> None:
@@ -112,7 +110,7 @@ def bench_ladder(
 
         runs.append(run_in_child(point, cgroup_bytes=asked.cgroup_bytes, progress=say))
         check_same_answers(runs[0], runs[-1], step.name)
-    disk.sample()
+        disk.sample()
     progress(total, total)
     rate = disk.rate()
     rungs = _rungs(runs, rate.bytes_per_second)
@@ -124,7 +122,7 @@ def bench_ladder(
         max_tokens=asked.max_tokens,
         cgroup_bytes=asked.cgroup_bytes,
         disk=rate,
-        notes=tuple(notes),
+        notes=(*disk.notes, *notes),
         rungs=tuple(rungs),
         target=TARGET,
         reached=rungs[-1].of_naive >= TARGET,
