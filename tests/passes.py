@@ -25,6 +25,7 @@ def made_pass(**changes: Any) -> Pass:
         "computing": 0.2,
         "experts": 0.08,
         "reading": 0.1,
+        "host": 0.02,
     }
     fields = {
         "name": "cold",

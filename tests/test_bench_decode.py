@@ -81,7 +81,7 @@ def test_points(demo_store: Path, here: list[Point]) -> None:
         for taken in point.passes:
             assert taken.tokens == 4
             assert taken.compute_seconds is not None and taken.compute_seconds > 0
-            assert sum(taken.phases.values()) == pytest.approx(taken.token_seconds)
+            assert sum(taken.phases.values()) == pytest.approx(taken.token_seconds, rel=0.05)
     assert small.passes[0].read_of_absent == 1
     assert large.passes[1].hit_rate == 1
     assert large.passes[1].overlap is None

@@ -16,7 +16,9 @@ import flashmoe
 from flashmoe import FlashMoEModel, ReadError, Stats
 from flashmoe.store.reader import Store
 from flashmoe.streaming import experts
+from flashmoe.streaming.bank import LayerBank
 from flashmoe.streaming.parts import ALL_PARTS, Parts
+from flashmoe.streaming.whole import WholeLayer
 
 __all__ = ["store"]
 PROMPT = [(7 * i + 3) % 101 for i in range(12)]
@@ -87,11 +89,16 @@ def test_overlap_is_off_when_it_is_said(qwen_store: Store, monkeypatch: pytest.M
     assert len(calls) == len(ANSWER) * len(qwen_store.manifest.layers)
 
 
-def test_reading_past(store: Store) -> None:
-    bank, stats = make_bank(store, memory_reader(store), n_slots=4)
+def whole_layer(store: Store, reader: MemoryReader) -> tuple[WholeLayer, LayerBank, Stats]:
+    bank, stats = make_bank(store, reader, n_slots=4)
+    return WholeLayer(store.file(LAYOUT.file), LAYOUT, reader, stats, bank), bank, stats
+
+
+def test_whole_layers(store: Store) -> None:
+    whole, bank, stats = whole_layer(store, memory_reader(store))
     bank.acquire([0, 1])
     before = stats.copy()
-    bank.read_past([1, 5])
+    whole([1, 5])
     assert bank.held() == []
     spent = stats.since(before)
     assert spent.bytes_read == (LAYOUT.n_experts - 2) * STRIDE
@@ -102,15 +109,14 @@ def test_reading_past(store: Store) -> None:
     bank.check_integrity()
 
 
-def test_a_record_that_cannot_be_read_past(store: Store) -> None:
+def test_a_whole_layer_that_cannot_be_read(store: Store) -> None:
     path = store.file(LAYOUT.file)
     bad = LAYOUT.record_offset(3)
-    bank, _ = make_bank(store, MemoryReader({path: path.read_bytes()}, bad), n_slots=4)
+    whole, bank, _ = whole_layer(store, MemoryReader({path: path.read_bytes()}, bad))
     with pytest.raises(ReadError) as caught:
-        bank.read_past([1])
+        whole([1])
     assert (caught.value.errno, caught.value.offset) == (errno.EIO, bad)
-    bank.check_integrity()
-    bank.read_past([1, 3])
+    whole([1, 3])
     bank.check_integrity()
 
 

@@ -9,6 +9,9 @@ import numpy as np
 
 from flashmoe.bench.point import Pass
 
+# As `flashmoe.phases` has them, in the order of tables and pictures.
+PHASES = ("computing", "experts", "reading", "host")
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -24,8 +27,7 @@ class PassFigures:
     """One pass over the prompts: `tokens` decoded tokens, all but the first of each answer.
 
     Rates are spreads over decoded tokens, or over answers for prompts; the rest are totals over
-    decode divided by its tokens. `token_seconds` is the time per token, `phases` its parts, of
-    which `host` is all that is neither waiting for MLX, nor for reads, nor in expert kernels.
+    decode divided by its tokens. `token_seconds` is the time per token, `phases` where it went.
     `compute_seconds` is a token's time with its experts all in the bank (None: not measured),
     `read_seconds` what the disk's own rate takes for the bytes read. `overlap` is the share of
     the shorter of these two that is hidden behind the other.
@@ -73,8 +75,7 @@ def pass_figures(taken: Pass, disk_bytes_per_second: float) -> PassFigures:
     decode = taken.decode
     tokens = int(decode["tokens"])
     wall = decode["seconds"] / tokens
-    phases = {name: decode[name] / tokens for name in ("computing", "experts", "reading")}
-    phases["host"] = wall - sum(phases.values())
+    phases = {name: decode[name] / tokens for name in PHASES}
     compute = float(np.median(taken.computing_seconds)) if taken.computing_seconds else None
     read = decode["bytes_read"] / tokens / disk_bytes_per_second
     absent = decode["bytes_absent"] / tokens

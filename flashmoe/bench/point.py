@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,7 @@ class Pass:
             "bytes_read": spent.bytes_read,
             "bytes_absent": spent.bytes_absent,
             "seconds": spent.seconds.decode,
-            "computing": spent.seconds.computing,
-            "reading": spent.seconds.reading,
-            "experts": spent.seconds.experts,
+            **asdict(spent.seconds.in_decode),
         }
         for name, value in counted.items():
             self.decode[name] = self.decode.get(name, 0) + value
