@@ -138,8 +138,9 @@ class EngineOptions:
 
 def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
     """`command` with the fields of `EngineOptions` in place of its parameter `engine`, which
-    receives them as one object."""
+    receives them as one object; those that it has a parameter of its own for keep their default."""
     hints = get_type_hints(EngineOptions, include_extras=True)
+    own = inspect.signature(command, eval_str=True).parameters
     named = {
         field.name: inspect.Parameter(
             field.name,
@@ -148,9 +149,10 @@ def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
             annotation=hints[field.name],
         )
         for field in fields(EngineOptions)
+        if field.name not in own
     }
     parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+    for parameter in own.values():
         if parameter.name == "engine":
             parameters += named.values()
         else:
