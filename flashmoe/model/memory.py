@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import mlx.core as mx
@@ -19,6 +19,7 @@ from flashmoe.store.manifest import Manifest
 from flashmoe.streaming import budget
 from flashmoe.streaming.balance import Balance
 from flashmoe.streaming.governor import LOOK_TOKENS, Governor, Limits
+from flashmoe.tuning import BankChoice, Choice
 from flashmoe.units import parse_size
 
 DEFAULT_CONTEXT = 4096
@@ -133,11 +134,17 @@ def plan_model(needs: Needs, options: Options) -> budget.MemoryPlan:
 
 
 def govern(
-    needs: Needs, plan: budget.MemoryPlan, streaming: StreamingModel, *, found_bytes: int
+    needs: Needs,
+    plan: budget.MemoryPlan,
+    streaming: StreamingModel,
+    *,
+    found_bytes: int,
+    left_bytes: int = 0,
 ) -> Governor:
     """What keeps a loaded model at the number of its plan.
 
-    `found_bytes`: the memory that this process had and could have had before it was loaded.
+    `found_bytes`: the memory that this process had and could have had before it was loaded;
+    `left_bytes` of the number are left to the page cache.
     """
     assert plan.total_bytes is not None
     in_place = streaming.resizes_in_place
@@ -158,13 +165,40 @@ def govern(
         return scratch + growing
 
     return Governor(
-        Limits.of(plan.total_bytes, needs.demands, found_bytes=found_bytes, in_place=in_place),
+        Limits.of(
+            plan.total_bytes - left_bytes,
+            needs.demands,
+            found_bytes=found_bytes,
+            in_place=in_place,
+        ),
         needs.demands,
         slots=streaming.slots,
         resize=streaming.resize,
         coming=coming,
         balance=Balance(needs.demands, streaming.uses) if in_place else None,
     )
+
+
+def choose_bank(options: Options, choice: Choice, plan: budget.MemoryPlan) -> BankChoice | None:
+    """What `choice` says about the bank of a plan; None when that was measured with another
+    amount of memory, or not at all."""
+    if choice.bank is None:
+        return None
+    # A bank that the user fixed is compared with the one that ran.
+    share = 1.0 if options.cache is None else choice.bank.bank_share
+    return choice.bank if choice.bank.holds_for(round(plan.bank_bytes / share)) else None
+
+
+def shrink_bank(needs: Needs, plan: budget.MemoryPlan, share: float) -> budget.MemoryPlan:
+    """A plan whose bank has that share of its bytes, but never less than one token's needs.
+
+    Nothing else changes: another chunk size would change results.
+    """
+    smaller = max(plan.least_bank_bytes, int(plan.bank_bytes * share))
+    slots = budget.share_slots(needs.demands, smaller)
+    used = sum(n * demand.slot_bytes for n, demand in zip(slots, needs.demands, strict=True))
+    lent = max(0, used - (plan.bank_bytes - plan.lent_bytes))
+    return replace(plan, slots=slots, bank_bytes=used, lent_bytes=lent)
 
 
 def _bank_bytes(cache: str | int | None, demands: list[budget.LayerDemand]) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from flashmoe.streaming.bank import LayerBank
 from flashmoe.streaming.forecast import Foresight
 from flashmoe.streaming.sweep import Sweep
 from flashmoe.streaming.telemetry import Stats
+from flashmoe.streaming.whole import WholeLayer
 
 # A bank's arrays as the kernels for single tokens and for prompts see them.
 Bind = Callable[[Mapping[str, mx.array]], tuple[ExpertForward, ExpertForward]]
@@ -32,7 +32,8 @@ class StreamedExperts(nn.Module):
     resident parts of the replaced module (activation, norms), kept under their names. What
     needs more experts than one token does goes through `sweep`, or without one through the bank,
     and meets the second of the kernels that `bind` gives. `observer`, when set, is called with
-    each call's routed experts [..., k].
+    each call's routed experts [..., k]. To be measured, `overlap` can be off, and `whole` reads
+    the records that a token does not need, too.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class StreamedExperts(nn.Module):
         stats: Stats,
         children: Mapping[str, Any],
         sweep: Sweep | None = None,
+        overlap: bool = True,
+        whole: WholeLayer | None = None,
     ) -> None:
         super().__init__()
         for name, child in children.items():
@@ -53,6 +56,8 @@ class StreamedExperts(nn.Module):
         self._sweep = sweep
         # How often single tokens used each expert.
         self._uses = np.zeros(bank.n_experts, np.int64)
+        self._overlap = overlap
+        self._whole = whole
         # Set where the next layer's experts can be guessed.
         self.foresight: Foresight | None = None
         self.observer: Callable[[npt.NDArray[Any]], None] | None = None
@@ -66,12 +71,11 @@ class StreamedExperts(nn.Module):
     def _call(self, x: mx.array, indices: mx.array) -> mx.array:
         one_token = indices.size == indices.shape[-1]
         guess = self.foresight.guess(x) if self.foresight is not None and one_token else None
-        started = time.perf_counter()
         # The readback: once these are here, everything this layer's routing depends on has run.
-        if guess is not None:
-            mx.eval(indices, guess)
-        experts = np.array(indices)
-        self._stats.seconds.computing += time.perf_counter() - started
+        with self._stats.clock.during("computing"):
+            if guess is not None:
+                mx.eval(indices, guess)
+            experts = np.array(indices)
         if self.observer is not None:
             self.observer(experts)
         distinct = np.unique(experts)
@@ -81,6 +85,8 @@ class StreamedExperts(nn.Module):
             return self._run_grouped(x, experts, distinct)
         if one_token:
             self._uses[distinct] += 1
+        if one_token and self._whole is not None:
+            self._whole(distinct.tolist())
         if one_token and self.reads_apart:
             y = self._run_overlapped(x, experts, guess)
         else:
@@ -112,13 +118,15 @@ class StreamedExperts(nn.Module):
 
     @property
     def reads_apart(self) -> bool:
-        """Whether records are so large that computing and reading overlap."""
-        return self._bank.record_bytes >= APART_BYTES
+        """Whether computing and reading overlap: records are large enough, and it is not off."""
+        return self._overlap and self._bank.record_bytes >= APART_BYTES
 
     def close(self) -> None:
         """Give the bank's memory back; calls raise FlashMoEError afterwards."""
         self._forwards = None
         self._sweep = None
+        if self._whole is not None:
+            self._whole.close()
         self._bank.close()
 
     def _forward(self, *, prompt: bool) -> ExpertForward:
@@ -161,10 +169,8 @@ class StreamedExperts(nn.Module):
         self, x: mx.array, slots: npt.NDArray[np.int32], *, prompt: bool = False
     ) -> mx.array:
         forward = self._forward(prompt=prompt)
-        started = time.perf_counter()
-        y = forward(x, slots)
-        self._stats.seconds.experts += time.perf_counter() - started
-        return y
+        with self._stats.clock.during("experts"):
+            return forward(x, slots)
 
     def _run_grouped(
         self, x: mx.array, experts: npt.NDArray[Any], distinct: npt.NDArray[Any]
@@ -184,9 +190,8 @@ class StreamedExperts(nn.Module):
             table = self._bank.acquire(group.tolist())
             slots = table[flat[order[begin:end], None]]
             y = self._compute(rows[mx.array(token_of[begin:end])], slots, prompt=True)
-            started = time.perf_counter()
-            mx.eval(y)
-            self._stats.seconds.computing += time.perf_counter() - started
+            with self._stats.clock.during("experts"):
+                mx.eval(y)
             parts.append(y.squeeze(-2))
         restore = np.empty_like(order)
         restore[order] = np.arange(len(order))
