@@ -26,6 +26,7 @@ from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
 from flashmoe.io.reader import Reader
 from flashmoe.io.select import choose_page_cache, open_reader, resolve_reader
+from flashmoe.kernels.attention import replace_attention
 from flashmoe.kernels.select import resolve_kernel, select_kernel, select_prompt_kernel
 from flashmoe.locate import cache_folder, open_model
 from flashmoe.model.load import (
@@ -33,11 +34,11 @@ from flashmoe.model.load import (
     build_skeleton,
     load_resident,
     stream_experts,
-    use_native_attention,
     use_native_linears,
 )
 from flashmoe.model.memory import choose_context, choose_widening, plan_model
 from flashmoe.model.routers import find_forecasters
+from flashmoe.model.scores import ScoresProbe
 from flashmoe.options import Options
 from flashmoe.repacking.execute import Progress
 from flashmoe.store.reader import Store
@@ -65,12 +66,22 @@ class FlashMoEModel:
         widen = choose_widening(config, options.dtype)
         # The native kernels read 16-bit scales and weights of float32 arithmetic as they are.
         widen_records = widen and kernel != "cpu"
-        probed = probe_routing(config)
+        native_attention = kernel == "cpu" and mx.default_device() == mx.cpu
+        scores = ScoresProbe()
+        probed = probe_routing(config, scores.watch if native_attention else None)
         tokenizer = load_tokenizer(store.path, config.get("eos_token_id"), probed.vocabulary)
         skeleton = build_skeleton(store, config)
         self.context = choose_context(config, options.context)
         self.memory_plan = plan_model(
-            store.manifest, config, probed, options, widen=widen, widen_records=widen_records
+            store.manifest,
+            config,
+            probed,
+            options,
+            widen=widen,
+            widen_records=widen_records,
+            # The library attends in float32 alone; MLX's own attention is fused on GPUs.
+            held_scores=mx.default_device() == mx.cpu
+            and not (native_attention and widen and scores.are_never_held(probed.caches)),
         )
         self.reader = resolve_reader(options.reader)
         self.page_cache = choose_page_cache(
@@ -85,8 +96,8 @@ class FlashMoEModel:
         load_resident(skeleton, store, widen)
         if kernel == "cpu":
             use_native_linears(skeleton)
-            if mx.default_device() == mx.cpu:
-                use_native_attention(skeleton)
+        if native_attention:
+            replace_attention(skeleton)
         self.store = store
         self.tokenizer = tokenizer
         self._stats = Stats()

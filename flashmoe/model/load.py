@@ -19,7 +19,6 @@ from flashmoe.checkpoint.architecture import (
 from flashmoe.checkpoint.config import Config
 from flashmoe.errors import StoreError
 from flashmoe.io.reader import Reader
-from flashmoe.kernels.attention import attending_class
 from flashmoe.kernels.contract import ExpertKernel, ExpertSpec, ProjectionPacking
 from flashmoe.kernels.linear import native_twin
 from flashmoe.store.layout import LayerLayout, RecordLayout
@@ -110,18 +109,6 @@ def use_native_linears(model: nn.Module) -> None:
     """Put native products into the resident linear layers that the library covers."""
     twins = {path: native_twin(module) for path, module in model.named_modules()}
     replace_modules(model, {path: twin for path, twin in twins.items() if twin is not None})
-
-
-def use_native_attention(model: nn.Module) -> None:
-    """Have the attention modules of `model` attend through the library where it covers that."""
-    made: dict[type, type | None] = {}
-    for module in model.modules():
-        kind = type(module)
-        if kind not in made:
-            made[kind] = attending_class(module)
-        if made[kind] is not None:
-            # Other modules may hold this very module, so it stays the one it is.
-            object.__setattr__(module, "__class__", made[kind])
 
 
 def stream_experts(

@@ -48,10 +48,12 @@ def plan_model(
     *,
     widen: bool,
     widen_records: bool,
+    held_scores: bool,
 ) -> budget.MemoryPlan:
     """Where every byte of a model goes that runs in this process.
 
-    `widen` and `widen_records`: whether resident weights and records become float32. Raises
+    `widen` and `widen_records`: whether resident weights and records become float32;
+    `held_scores`: whether attention holds scores for all keys at once. Raises
     MemoryBudgetError, naming the least that would fit, and what `choose_context` raises.
     """
     context = choose_context(config, options.context)
@@ -73,7 +75,7 @@ def plan_model(
             heads=largest(config, "num_attention_heads"),
             vocabulary=probed.vocabulary,
             top_k=max(layout.top_k for layout in layouts),
-            materialized_scores=mx.default_device() == mx.cpu,
+            held_scores=held_scores,
             swept=swept,
         )
 
