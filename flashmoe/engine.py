@@ -24,7 +24,7 @@ from flashmoe.checkpoint.tokenizer import load_tokenizer
 from flashmoe.errors import FlashMoEError
 from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
-from flashmoe.io.reader import Reader
+from flashmoe.io.reader import ReadCounters, Reader
 from flashmoe.io.select import choose_page_cache, open_reader, resolve_reader
 from flashmoe.kernels.attention import replace_attention
 from flashmoe.kernels.select import resolve_kernel, select_kernel, select_prompt_kernel
@@ -214,6 +214,14 @@ class FlashMoEModel:
     def live_stats(self) -> Stats:
         """The totals themselves, which go on counting."""
         return self._stats
+
+    @property
+    def read_counters(self) -> ReadCounters:
+        """What the reader has read, and how long it was busy; raises FlashMoEError after
+        `close`."""
+        self._running()
+        assert self._reader is not None
+        return self._reader.counters
 
     def observe_routing(self, observer: Callable[[int, npt.NDArray[Any]], None] | None) -> None:
         """Have `observer(layer, experts)` called for every call of an MoE layer, None for nobody.
