@@ -26,7 +26,6 @@ from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
 from flashmoe.io.reader import ReadCounters, Reader
 from flashmoe.io.select import choose_page_cache, open_reader, resolve_reader
-from flashmoe.kernels.attention import replace_attention
 from flashmoe.kernels.select import resolve_kernel, select_kernel, select_prompt_kernel
 from flashmoe.locate import cache_folder, open_model
 from flashmoe.model.load import (
@@ -34,6 +33,7 @@ from flashmoe.model.load import (
     build_skeleton,
     load_resident,
     stream_experts,
+    use_native_attention,
     use_native_linears,
 )
 from flashmoe.model.memory import choose_context, choose_widening, plan_model
@@ -94,13 +94,13 @@ class FlashMoEModel:
         )
         mx.set_cache_limit(self.memory_plan.reuse_bytes)
         load_resident(skeleton, store, widen)
+        self._stats = Stats()
         if kernel == "cpu":
-            use_native_linears(skeleton)
-        if native_attention:
-            replace_attention(skeleton)
+            use_native_linears(skeleton, self._stats.clock)
+            if native_attention:
+                use_native_attention(skeleton, self._stats.clock)
         self.store = store
         self.tokenizer = tokenizer
-        self._stats = Stats()
         self._reader: Reader | None = open_reader(self.reader, page_cache=self.page_cache)
         self._streaming: StreamingModel | None = stream_experts(
             skeleton,
