@@ -138,10 +138,13 @@ class Tile {
   void block(int64_t key, int64_t keys, Partial& out) {
     if (!look(key, keys)) return;
     const float* k = a_.k + offset(a_.k_strides, kv_head_, key);
+    fetch(a_.v, a_.v_strides, key, keys, a_.v_dim);
     table_.outer({k, a_.k_strides[2], a_.k_strides[3], queries_.data(), rows_, keys, a_.k_dim,
                   rows_, scores_.data(), rows_, nullptr, nullptr});
     table_.weigh({scores_.data(), rows_, keys, visible_.data(), a_.mask ? added_.data() : nullptr,
                   out.most.data(), out.total.data(), fade_.data(), kept_.data()});
+    if (key + keys < a_.keys)
+      fetch(a_.k, a_.k_strides, key + keys, std::min(kKeys, a_.keys - key - keys), a_.k_dim);
     const float* v = a_.v + offset(a_.v_strides, kv_head_, key);
     int64_t v_row = a_.v_strides[2];
     if (!values_.empty()) {
@@ -153,6 +156,16 @@ class Tile {
     }
     table_.outer({scores_.data(), 1, rows_, v, v_row, count_, keys, width_, out.sums.data(), width_,
                   fade_.data(), kept_.data()});
+  }
+
+  // Has the memory of some keys or values on its way, which products walk in strides.
+  void fetch(const float* from, const int64_t* strides, int64_t key, int64_t keys,
+             int64_t dim) const {
+    constexpr int64_t line = 64 / int64_t(sizeof(float));
+    for (int64_t i = 0; i < keys; ++i) {
+      const float* row = from + offset(strides, kv_head_, key + i);
+      for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(row + d * strides[3]);
+    }
   }
 
   // A softmax over equal scores.
