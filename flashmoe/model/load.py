@@ -68,6 +68,17 @@ class StreamingModel:
         ):
             layer.resize(n_slots)
 
+    def preload(self, experts: Sequence[Sequence[int]]) -> None:
+        """Read each bank's experts, the most valuable first, while nothing else is read; without
+        any, nothing."""
+        for bank, wanted in zip(self.banks, experts, strict=False):
+            bank.preload(wanted)
+
+    def stop_reading_ahead(self) -> None:
+        """Give up what nobody has demanded."""
+        for bank in self.banks:
+            bank.stop_reading_ahead()
+
     def close(self) -> None:
         """Give the banks' memory back; the module can no longer be called."""
         for layer in self.layers:
@@ -144,11 +155,13 @@ def stream_experts(
     stats: Stats,
     widen: bool,
     policy: str = "auto",
+    sweep_reader: Reader | None = None,
 ) -> StreamingModel:
     """Replace every routed-expert module of `model` with one over a bank of its own.
 
     With `group_records`, prompts go through staging groups of that size, which layers of one
-    record layout share; without any, they go through the banks.
+    record layout share and `sweep_reader` (by default `reader`) reads into; without any, they
+    go through the banks.
     """
     modules = expert_modules(model)
     banks = []
@@ -176,7 +189,7 @@ def stream_experts(
             staging = stagings[layout.record]
             forwards = [prompt_kernel(group.weights, spec) for group in staging.groups]
             path = store.file(layout.file)
-            sweep = Sweep(path, layout, reader, stats, bank, staging, forwards)
+            sweep = Sweep(path, layout, sweep_reader or reader, stats, bank, staging, forwards)
         children = extra_children(module)
         streamed[layout.path] = StreamedExperts(bank, bind, stats, children, sweep)
         banks.append(bank)
