@@ -24,7 +24,7 @@ from flashmoe.checkpoint.tokenizer import load_tokenizer
 from flashmoe.errors import FlashMoEError
 from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
-from flashmoe.io.reader import Reader
+from flashmoe.io.reader import ReadCounters, Reader
 from flashmoe.io.select import choose_page_cache, open_reader, resolve_reader
 from flashmoe.kernels.select import resolve_kernel, select_kernel, select_prompt_kernel
 from flashmoe.locate import cache_folder, lock_folder, open_model
@@ -46,6 +46,7 @@ from flashmoe.model.memory import (
     shrink_bank,
 )
 from flashmoe.model.routers import find_forecasters
+from flashmoe.model.scores import ScoresProbe
 from flashmoe.model.wanted import wanted_forecast, wanted_page_cache, wanted_reads
 from flashmoe.options import Options
 from flashmoe.repacking.execute import Progress
@@ -89,11 +90,23 @@ class FlashMoEModel:
         widen = choose_widening(config, options.dtype)
         # The native kernels read 16-bit scales and weights of float32 arithmetic as they are.
         widen_records = widen and kernel != "cpu"
-        probed = probe_routing(config)
+        native_attention = kernel == "cpu" and mx.default_device() == mx.cpu
+        scores = ScoresProbe()
+        probed = probe_routing(config, scores.watch if native_attention else None)
         tokenizer = load_tokenizer(store.path, config.get("eos_token_id"), probed.vocabulary)
         skeleton = build_skeleton(store, config)
         self.context = choose_context(config, options.context)
-        needs = Needs(store.manifest, config, probed, self.context, widen, widen_records)
+        needs = Needs(
+            store.manifest,
+            config,
+            probed,
+            self.context,
+            widen,
+            widen_records,
+            # The library attends in float32 alone; MLX's own attention is fused on GPUs.
+            held_scores=mx.default_device() == mx.cpu
+            and not (native_attention and widen and scores.are_never_held(probed.caches)),
+        )
         whole = plan = plan_model(needs, options)
         self.choice = _find_choice(options, store)
         chosen = choose_bank(options, self.choice, plan)
@@ -118,7 +131,7 @@ class FlashMoEModel:
         self._stats = Stats()
         if kernel == "cpu":
             use_native_linears(skeleton, self._stats.clock)
-            if mx.default_device() == mx.cpu:
+            if native_attention:
                 use_native_attention(skeleton, self._stats.clock)
         self.store = store
         self.tokenizer = tokenizer
@@ -255,6 +268,14 @@ class FlashMoEModel:
     def live_stats(self) -> Stats:
         """The totals themselves, which go on counting."""
         return self._stats
+
+    @property
+    def read_counters(self) -> ReadCounters:
+        """What the reader has read, and how long it was busy; raises FlashMoEError after
+        `close`."""
+        self._running()
+        assert self._reader is not None
+        return self._reader.counters
 
     def observe_routing(self, observer: Callable[[int, npt.NDArray[Any]], None] | None) -> None:
         """Have `observer(layer, experts)` called for every call of an MoE layer, None for nobody.
