@@ -52,16 +52,16 @@ class ReadAhead:
 
     def harvest(self) -> tuple[list[Arrival], list[Arrival]]:
         """The records that are whole by now, and those that failed: a demand will say why."""
-        whole: list[Arrival] = []
-        failed: list[Arrival] = []
-        for expert, (ticket, arrival) in list(self._coming.items()):
+        ended: dict[int, bool] = {}
+        for expert, (ticket, _) in self._coming.items():
             if ticket is None:
                 self._reader.drain()
-            elif not ticket.done():
-                continue
-            del self._coming[expert]
-            (whole if ticket is not None and _succeeded(ticket) else failed).append(arrival)
-        return whole, failed
+                ended[expert] = False
+            elif ticket.done():
+                ended[expert] = _succeeded(ticket)
+        # Only now, so that an interrupted wait loses none.
+        arrivals = [(self._coming.pop(expert)[1], whole) for expert, whole in ended.items()]
+        return [a for a, whole in arrivals if whole], [a for a, whole in arrivals if not whole]
 
     def drop(self, keep: Collection[int]) -> list[Arrival]:
         """Cancel what has not begun and is not kept; what has begun is let go on."""
