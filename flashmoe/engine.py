@@ -33,6 +33,7 @@ from flashmoe.model.load import (
     build_skeleton,
     load_resident,
     stream_experts,
+    use_native_attention,
     use_native_linears,
 )
 from flashmoe.model.memory import choose_context, choose_widening, plan_model
@@ -85,6 +86,8 @@ class FlashMoEModel:
         self._stats = Stats()
         if kernel == "cpu":
             use_native_linears(skeleton, self._stats.clock)
+            if mx.default_device() == mx.cpu:
+                use_native_attention(skeleton, self._stats.clock)
         self.store = store
         self.tokenizer = tokenizer
         self._reader: Reader | None = open_reader(self.reader, page_cache=self.page_cache)

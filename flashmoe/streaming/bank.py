@@ -43,12 +43,14 @@ class LayerBank:
         n_slots: int,
         widen: bool,
         policy: str = "auto",
+        most_slots: int | None = None,
     ) -> None:
+        """`most_slots`: up to how many slots `resize` should be cheap, as `SlotMemory` says."""
         self.group = layer.top_k
         self.record_bytes = layer.record.stride
         if n_slots < self.group:
             raise ValueError(f"{layer.path} needs at least {self.group} slots, not {n_slots}")
-        self.memory = SlotMemory(layer.record, n_slots, self.group, widen)
+        self.memory = SlotMemory(layer.record, n_slots, self.group, widen, most_slots)
         self._path = store.file(layer.file)
         self._layer = layer
         self._reader = reader
@@ -83,8 +85,7 @@ class LayerBank:
         `group`, and ReadError when a record cannot be read; the experts that had not landed are
         then absent, and the bank stays usable.
         """
-        if self._closed:
-            raise FlashMoEError("the model is closed; load it again with from_pretrained")
+        self._check_open()
         if len(experts) > self.group:
             raise ValueError(f"{len(experts)} experts at a time, but {self.group} is the most")
         self._harvest()
@@ -205,8 +206,7 @@ class LayerBank:
 
         Raises FlashMoEError once the bank is closed.
         """
-        if self._closed:
-            raise FlashMoEError("the model is closed; load it again with from_pretrained")
+        self._check_open()
         return self._slot_of.copy()
 
     def use(self, experts: Sequence[int]) -> None:
@@ -236,6 +236,42 @@ class LayerBank:
             self._free.append(own)
             raise
 
+    def resize(self, n_slots: int) -> None:
+        """Have so many slots, one token's needs at least; the system has the others' memory.
+
+        What the policy values least is evicted when there are fewer. `memory.resizes_in_place`
+        says before whether kernels have to be bound anew. Not while experts are requested.
+        Raises ValueError for too few slots.
+        """
+        self._check_open()
+        if n_slots < self.group:
+            raise ValueError(f"{self._layer.path} needs at least {self.group} slots, not {n_slots}")
+        before = self.memory.n_slots
+        if n_slots == before:
+            return
+        self._settle_pending()
+        self._take_in(*self._ahead.finish())
+        if n_slots < before:
+            self._vacate(n_slots)
+            self._free = [slot for slot in self._free if slot < n_slots]
+        try:
+            self.memory.resize(n_slots)
+        finally:
+            # Not as many as asked for when there was no memory.
+            self._policy.resize(self.memory.n_slots)
+            self._free[:0] = range(self.memory.n_slots - 1, before - 1, -1)
+
+    def _vacate(self, n_slots: int) -> None:
+        """Leave `n_slots` experts at most, and these in the first slots."""
+        for _ in range(len(self.held()) - n_slots):
+            self._free.append(self._evict(set()))
+        low = [slot for slot in self._free if slot < n_slots]
+        for expert in np.flatnonzero(self._slot_of >= n_slots).tolist():
+            old, new = int(self._slot_of[expert]), low.pop()
+            self.memory.copy_slot(new, self.memory, old)
+            self._slot_of[expert] = new
+            self._free[self._free.index(new)] = old
+
     def close(self) -> None:
         """Give the slots' memory back; nothing can be acquired afterwards."""
         self._lose(self._ahead.drop(keep=()))
@@ -259,20 +295,27 @@ class LayerBank:
         offset = self._layer.record_offset(expert)
         return Arrival(expert, slot, row, ReadRequest(self._path, offset, place))
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise FlashMoEError("the model is closed; load it again with from_pretrained")
+
     def _harvest(self) -> None:
         if len(self._ahead):
-            whole, failed = self._ahead.harvest()
-            # A prompt may have brought the same expert meanwhile.
-            twice = [arrival for arrival in whole if self._slot_of[arrival.expert] != ABSENT]
-            self._free.extend(arrival.slot for arrival in twice)
-            self._stats.bytes_read += len(twice) * self._layer.record.stride
-            self._stats.bytes_wasted += len(twice) * self._layer.record.stride
-            whole = [arrival for arrival in whole if arrival not in twice]
-            self._land(whole)
-            for arrival in whole:
-                self._policy.use(arrival.expert)
-                self._unused.add(arrival.expert)
-            self._lose(failed)
+            self._take_in(*self._ahead.harvest())
+
+    def _take_in(self, whole: Sequence[Arrival], failed: Sequence[Arrival]) -> None:
+        """Count records that were read ahead as resident, and forget those that failed."""
+        # A prompt may have brought the same expert meanwhile.
+        twice = [arrival for arrival in whole if self._slot_of[arrival.expert] != ABSENT]
+        self._free.extend(arrival.slot for arrival in twice)
+        self._stats.bytes_read += len(twice) * self._layer.record.stride
+        self._stats.bytes_wasted += len(twice) * self._layer.record.stride
+        whole = [arrival for arrival in whole if arrival not in twice]
+        self._land(whole)
+        for arrival in whole:
+            self._policy.use(arrival.expert)
+            self._unused.add(arrival.expert)
+        self._lose(failed)
 
     def _count_guesses(self, experts: Sequence[int], missing: Sequence[int]) -> None:
         """Note which guesses came true: landed and not used yet, or still on their way."""

@@ -111,7 +111,7 @@ class Sweep:
     """One layer's calls that need more experts than a token does.
 
     `x` [..., d_in] and `indices` [..., k] on the host -> [..., k, d_out], evaluated, in x's
-    dtype. `bank_forward` runs over the bank's slots, `forwards` over those of the staging groups.
+    dtype. `forwards` run over the slots of the staging groups, `bank_forward` over the bank's.
     """
 
     def __init__(
@@ -121,7 +121,6 @@ class Sweep:
         reader: Reader,
         stats: Stats,
         bank: LayerBank,
-        bank_forward: ExpertForward,
         staging: Staging,
         forwards: Sequence[ExpertForward],
     ) -> None:
@@ -130,11 +129,12 @@ class Sweep:
         self._reader = reader
         self._stats = stats
         self._bank = bank
-        self._bank_forward = bank_forward
         self._staging = staging
         self._forwards = forwards
 
-    def __call__(self, x: mx.array, indices: npt.NDArray[Any]) -> mx.array:
+    def __call__(
+        self, x: mx.array, indices: npt.NDArray[Any], bank_forward: ExpertForward
+    ) -> mx.array:
         """Raises ReadError when a record cannot be read whole, and FlashMoEError once the bank
         is closed; whatever is raised, bank and staging can be used again."""
         table = self._bank.slot_table()
@@ -149,7 +149,7 @@ class Sweep:
             ticket = self._submit(rows.experts[runs[0]], 0) if runs else None
             for run in rows.split(np.flatnonzero(here), len(here), n_tokens):
                 slots = table[rows.experts[run]]
-                self._compute(result, rows, run, slots, self._bank_forward)
+                self._compute(result, rows, run, slots, bank_forward)
             adopted = self._make_room(rows, missing)
             for number, run in enumerate(runs):
                 following = runs[number + 1 : number + 2]
