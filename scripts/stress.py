@@ -80,7 +80,7 @@ def run(trials: Trials, example: Example) -> Outcome:
             while True:
                 answers.append([])
                 try:
-                    for row in logits(model, example.setting):
+                    for row in logits(model, example.setting, trials.building):
                         answers[-1].append(row)
                     return Outcome(example, answers, failures)
                 except (ReadError, KeyboardInterrupt) as error:
@@ -131,12 +131,9 @@ def stress(args: argparse.Namespace, trials: Trials) -> int:
     for _ in range(args.threads):
         numbers.put(next(upcoming))
     while running:
-        try:
-            outcome = outcomes.get(timeout=PATIENCE_SECONDS)
-        except queue.Empty:
-            print(f"nothing has moved for {PATIENCE_SECONDS:.0f} s", flush=True)
-            faulthandler.dump_traceback()
-            os._exit(1)
+        # From a thread of its own, which needs no lock of Python's.
+        faulthandler.dump_traceback_later(PATIENCE_SECONDS, exit=True)
+        outcome = outcomes.get()
         if outcome is None:
             running -= 1
             continue
@@ -145,7 +142,7 @@ def stress(args: argparse.Namespace, trials: Trials) -> int:
         wrong = complaint(trials, outcome)
         if wrong is not None:
             print(f"number {outcome.example.number}: {outcome.example}\n{wrong}", flush=True)
-            os._exit(1)
+            return 1
         elapsed = time.monotonic() - started
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
@@ -173,7 +170,10 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=0, help="most of them; 0: no limit")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="stress-") as folder, Trials(Path(folder)) as trials:
-        sys.exit(stress(args, trials))
+        code = stress(args, trials)
+    # Other threads may be running still.
+    sys.stdout.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,11 @@ class ReadAhead:
     def adopt(self, expert: int) -> tuple[Ticket | None, Arrival]:
         """Hand over a record that is on its way: a ticket to wait for, or None when it had not
         begun and has to be demanded into the same slot."""
-        ticket, arrival = self._coming.pop(expert)
+        ticket, arrival = self._coming[expert]
         if ticket is None:
             self._reader.drain()
+        del self._coming[expert]
+        if ticket is None:
             return None, arrival
         return (None if ticket.cancel() else ticket), arrival
 
