@@ -1,6 +1,6 @@
 """What reading ahead gains, and what it costs where it is no use, at disks of chosen speed.
 
-    python scripts/forecast_gain.py STORE [--cache 2500MB] [--tokens 33] [--rounds 5]
+    python scripts/forecast_gain.py STORE [--cache 2500MB] [--tokens 25] [--rounds 5]
 
 First: how long a token takes with every expert in memory, and how many bytes it misses in a bank of
 `--cache`. From these follow the speeds of emulated disks (tests/delaying.py) that need twice as
@@ -166,16 +166,16 @@ def measure_token(args: argparse.Namespace) -> tuple[float, float]:
     """Seconds that a token computes with every expert in memory, and bytes that it misses."""
     with open_model(args.store, args.all_bytes, False, None) as model:
         subject = Subject(model)
-        # Twice: the experts of these tokens are in memory the second time.
-        for _ in range(2):
-            for prompt in prompts(model, 2):
-                subject.answer(prompt, args.tokens)
-        seconds = 1 / median(subject.rates[3:])
+        prompt = prompts(model, 1)[0]
+        # The experts of these tokens are in memory after the first time.
+        for _ in range(4):
+            subject.answer(prompt, args.tokens)
+        seconds = 1 / median(subject.rates[1:])
     with open_model(args.store, args.cache, False, None) as model:
         subject = Subject(model)
-        for prompt in prompts(model, 2):
+        for prompt in prompts(model, 1):
             subject.answer(prompt, args.tokens)
-        missed = subject.total("bytes_read") / subject.total("tokens")
+        missed = subject.spent[-1].bytes_read / subject.spent[-1].tokens
     return seconds, missed
 
 
@@ -203,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("store", type=Path, help="a store with records of 256 KiB or more")
     parser.add_argument("--cache", default="2500MB", help="the bank's memory; default: 2500MB")
-    parser.add_argument("--tokens", type=int, default=33, help="of each answer; default: 33")
+    parser.add_argument("--tokens", type=int, default=25, help="of each answer; default: 25")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--only", action="append", help="settings whose name begins like this")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
