@@ -13,9 +13,9 @@ PACKAGE = Path(flashmoe.__file__).parent
 
 # Parts of one floor may not import each other; those of the ground floor may.
 FLOORS = [
-    {"errors", "units", "machine", "phases", "dtypes", "demo", "native"},
+    {"errors", "units", "machine", "phases", "keeping", "dtypes", "demo", "native"},
     {"store", "checkpoint", "io", "kernels"},
-    {"streaming", "repacking"},
+    {"streaming", "repacking", "tuning"},
     {"options"},
     {"model", "generation", "locate"},
     {"engine"},

@@ -63,13 +63,18 @@ class Stats:
 
     An access is one distinct expert needed by one layer call: a `hit` when its record is in
     the bank, else a `miss`. `bytes_demanded` counts the record bytes of all accesses,
-    `bytes_read` those that came from disk. `tokens` counts generated tokens.
+    `bytes_read` those that came from disk, and `bytes_absent` what of the demand was in memory
+    for no earlier demand: misses, and what was read ahead for this one. `tokens` counts
+    generated tokens.
 
     A guess is a record that was asked for before a layer needed it. `guessed` counts them,
     `guessed_right` those that a layer needed before they had to give way, and `unguessed` the
     records that decoding needed, was without, and had not guessed; it counts only where records
     are large enough to be guessed for. `bytes_wasted` counts the bytes of guesses that were read
     and gave way without being needed.
+
+    `preloaded` counts records that a warm start read, `preloaded_used` those of them that were
+    needed while they were there.
 
     `after_layer` is called when a layer's routed experts are done. `clock` is what counts into
     `seconds`.
@@ -79,10 +84,13 @@ class Stats:
     misses: int = 0
     bytes_read: int = 0
     bytes_demanded: int = 0
+    bytes_absent: int = 0
     guessed: int = 0
     guessed_right: int = 0
     unguessed: int = 0
     bytes_wasted: int = 0
+    preloaded: int = 0
+    preloaded_used: int = 0
     prompt_tokens: int = 0
     tokens: int = 0
     seconds: Seconds = field(default_factory=Seconds)
