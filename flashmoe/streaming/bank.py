@@ -121,8 +121,10 @@ class LayerBank:
             for ticket, arrival in begun:
                 ticket.cancel()
                 arrivals.append(arrival)
-            self._reader.drain()
-            self._lose(arrivals)
+            try:
+                self._reader.drain()
+            finally:
+                self._lose(arrivals)
             raise
         # In the order of the call: landing has none that would come again.
         for expert in experts:
