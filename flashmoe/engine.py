@@ -43,7 +43,10 @@ from flashmoe.repacking.execute import Progress
 from flashmoe.store.reader import Store
 from flashmoe.streaming import budget
 from flashmoe.streaming.parts import ALL_PARTS, Parts
+from flashmoe.streaming.remembered import RememberedBanks
 from flashmoe.streaming.telemetry import Stats
+
+WARM_START_FOLDER = "warm-start"
 
 
 class FlashMoEModel:
@@ -117,6 +120,10 @@ class FlashMoEModel:
         # Finding routers takes up to a second: not where nothing could be read ahead.
         if options.forecast and self._streaming.reads_ahead:
             self._streaming.foresee(find_forecasters(skeleton, config))
+        self._remembered: RememberedBanks | None = None
+        if options.warm_start:
+            self._remembered = RememberedBanks(cache_folder() / WARM_START_FOLDER, store)
+            self._streaming.preload(self._remembered.read() or ())
 
     @classmethod
     def from_pretrained(
@@ -230,7 +237,14 @@ class FlashMoEModel:
             bank.check_integrity()
 
     def close(self) -> None:
-        """Give back files, threads and memory; closing twice is fine."""
+        """Give back files, threads and memory; closing twice is fine.
+
+        With `warm_start` it is also when the banks' experts are remembered, once some were used.
+        """
+        if self._streaming is not None:
+            self._streaming.stop_reading_ahead()
+            if self._remembered is not None and self._stats.bytes_demanded:
+                self._remembered.write([bank.by_value() for bank in self._streaming.banks])
         if self._reader is not None:
             self._reader.close()
         if self._streaming is not None:
@@ -252,4 +266,7 @@ class FlashMoEModel:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if kind is not None and not issubclass(kind, KeyboardInterrupt):
+            # What a run that failed had in its banks is nothing to begin the next one with.
+            self._remembered = None
         self.close()

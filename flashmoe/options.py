@@ -32,6 +32,10 @@ class Options:
         where that turns out to pay.
     policy: which expert gives way to one that is read: "lru", "clock", "slru", "s3fifo", "lfu",
         or "auto", which is "lfu": it missed least on held-out prompts.
+    warm_start: whether the experts that are in the bank at the end are remembered (their numbers,
+        in the cache folder, for this store), and read again in free time when the store is next
+        loaded with this on. The commands have it on; here it is off, so that what a program
+        reads does not depend on what ran before.
 
     Raises OptionError for a value that is wrong for every model.
     """
@@ -45,6 +49,7 @@ class Options:
     page_cache: bool | None = None
     forecast: bool = True
     policy: str = "auto"
+    warm_start: bool = False
 
     def __post_init__(self) -> None:
         if self.memory is not None:

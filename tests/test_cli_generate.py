@@ -155,11 +155,11 @@ def test_system_prompt_goes_first(run_cli: Run, demo_store: Path) -> None:
 
 def test_first_use_repacks_and_the_second_does_not(run_cli: Run, home: Path) -> None:
     first = ask(run_cli, "-p", CAPITAL)
-    stores = list((home / ".cache/flashmoe").iterdir())
+    stores = list((home / ".cache/flashmoe").glob("*.flashmoe"))
     assert len(stores) == 1
     manifest = stores[0] / MANIFEST_NAME
     written = manifest.stat().st_mtime_ns
     assert ask(run_cli, DEMO_FOLDER, "-p", CAPITAL)["tokens"] == first["tokens"] == CAPITAL_TOKENS
-    assert list((home / ".cache/flashmoe").iterdir()) == stores
+    assert list((home / ".cache/flashmoe").glob("*.flashmoe")) == stores
     assert manifest.stat().st_mtime_ns == written
     assert run_cli("verify", stores[0], "--json").json()["ok"] is True

@@ -140,7 +140,8 @@ def point_of(store: Store, options: Options, asked: Asked, passes: tuple[str, ..
     """A point with every part of the engine on."""
     return Point(
         store=str(store.path),
-        options=asdict(options),
+        # Cold is an empty bank, whatever ran before.
+        options=asdict(replace(options, warm_start=False)),
         parts=asdict(ALL_PARTS),
         prompts=asked.prompts,
         passes=passes,

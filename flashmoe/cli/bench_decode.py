@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TARGETS = "targets: overlap at least 0.50, waiting at most 1.15, host at most 15%"
 
 
-@options.with_engine_options
+@options.with_engine_options_but("memory", "cache", "warm_start")
 def decode(
     model: options.Model = None,
     memory: Annotated[

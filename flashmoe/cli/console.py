@@ -144,6 +144,8 @@ class AnswerReport:
     bytes_read: int
     bytes_demanded: int
     bytes_read_per_token: float
+    preloaded: int
+    preloaded_used: int
     bank_bytes: int
     peak_memory_bytes: int
     guessed: int
@@ -170,6 +172,8 @@ class AnswerReport:
             bytes_read=stats.bytes_read,
             bytes_demanded=stats.bytes_demanded,
             bytes_read_per_token=stats.bytes_read / fed,
+            preloaded=stats.preloaded,
+            preloaded_used=stats.preloaded_used,
             bank_bytes=model.bank_bytes,
             peak_memory_bytes=machine.peak_resident_set_bytes(),
             guessed=stats.guessed,
@@ -192,10 +196,13 @@ class AnswerReport:
 
     def details(self) -> str:
         """The first line that --stats adds."""
-        return (
+        line = (
             f"{self.prompt_tokens} prompt tokens · {self.hits} hits · {self.misses} misses · "
             f"{format_size(self.bytes_read)} read of {format_size(self.bytes_demanded)} demanded"
         )
+        if self.preloaded:
+            line += f" · {self.preloaded_used} of {self.preloaded} preloaded experts used"
+        return line
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

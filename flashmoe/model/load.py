@@ -70,6 +70,17 @@ class StreamingModel:
         ):
             layer.resize(n_slots)
 
+    def preload(self, experts: Sequence[Sequence[int]]) -> None:
+        """Read each bank's experts, the most valuable first, while nothing else is read; without
+        any, nothing."""
+        for bank, wanted in zip(self.banks, experts, strict=False):
+            bank.preload(wanted)
+
+    def stop_reading_ahead(self) -> None:
+        """Give up what nobody has demanded."""
+        for bank in self.banks:
+            bank.stop_reading_ahead()
+
     def close(self) -> None:
         """Give the banks' memory back; the module can no longer be called."""
         for layer in self.layers:

@@ -137,8 +137,10 @@ class Sweep:
     ) -> mx.array:
         """Raises ReadError when a record cannot be read whole, and FlashMoEError once the bank
         is closed; whatever is raised, bank and staging can be used again."""
-        table = self._bank.slot_table()
         rows = RoutedRows.of(indices)
+        # What is still to be preloaded may be needed here, and would then be read twice.
+        self._bank.pause_preload(rows.experts.tolist())
+        table = self._bank.slot_table()
         here = table[rows.experts] != ABSENT
         missing = np.flatnonzero(~here)
         self._count(len(rows.experts), len(missing))
@@ -169,6 +171,7 @@ class Sweep:
             raise
         # The experts of most rows count as used last.
         self._bank.use(rows.experts[np.argsort(rows.counts, kind="stable")].tolist())
+        self._bank.resume_preload()
         y = result.array()
         return y.reshape(*indices.shape, y.shape[-1])
 

@@ -73,6 +73,9 @@ class Stats:
     are large enough to be guessed for. `bytes_wasted` counts the bytes of guesses that were read
     and gave way without being needed.
 
+    `preloaded` counts records that a warm start read, `preloaded_used` those of them that were
+    needed while they were there.
+
     `after_layer` is called when a layer's routed experts are done. `clock` is what counts into
     `seconds`.
     """
@@ -86,6 +89,8 @@ class Stats:
     guessed_right: int = 0
     unguessed: int = 0
     bytes_wasted: int = 0
+    preloaded: int = 0
+    preloaded_used: int = 0
     prompt_tokens: int = 0
     tokens: int = 0
     seconds: Seconds = field(default_factory=Seconds)
