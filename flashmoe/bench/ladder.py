@@ -54,6 +54,7 @@ class Rung:
     forecast: bool
     bank_bytes: int
     peak_memory_bytes: int
+    kernel: str
     page_cache: bool
     figures: PassFigures
     of_naive: float
@@ -166,6 +167,7 @@ def _rungs(runs: Sequence[PointRun], disk_bytes_per_second: float) -> list[Rung]
                 forecast=step.forecast,
                 bank_bytes=run.bank_bytes,
                 peak_memory_bytes=run.peak_memory_bytes,
+                kernel=run.kernel,
                 page_cache=run.page_cache,
                 figures=figures,
                 of_naive=rate / first,
