@@ -87,10 +87,11 @@ PageCache = Annotated[
     ),
 ]
 Forecast = Annotated[
-    bool,
+    bool | None,
     typer.Option(
         "--forecast/--no-forecast",
-        help="Read ahead what the next layer may need, where that turns out to pay.",
+        help="Read ahead what the next layer may need, where that turns out to pay. Default: yes.",
+        show_default=False,
     ),
 ]
 Policy = Annotated[
@@ -108,6 +109,13 @@ WarmStart = Annotated[
         "next run begins.",
     ),
 ]
+Tuned = Annotated[
+    bool,
+    typer.Option(
+        "--tuned/--no-tuned",
+        help="Leave what is not said here to what flashmoe tune stored, if it did.",
+    ),
+]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Also print hits, misses and bytes read.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON for programs.")]
 
@@ -122,9 +130,10 @@ class EngineOptions:
     kernel: Kernel = "auto"
     reader: Reader = "auto"
     page_cache: PageCache = None
-    forecast: Forecast = True
+    forecast: Forecast = None
     policy: Policy = "auto"
     warm_start: WarmStart = True
+    tuned: Tuned = True
 
 
 Command = Callable[..., None]

@@ -165,11 +165,13 @@ def stream_experts(
     widen: bool,
     policy: str = "auto",
     parts: Parts = ALL_PARTS,
+    sweep_reader: Reader | None = None,
 ) -> StreamingModel:
     """Replace every routed-expert module of `model` with one over a bank of its own.
 
     With `group_records`, prompts go through staging groups of that size, which layers of one
-    record layout share; without any, they go through the banks.
+    record layout share and `sweep_reader` (by default `reader`) reads into; without any, they
+    go through the banks.
     """
     modules = expert_modules(model)
     banks = []
@@ -197,7 +199,7 @@ def stream_experts(
                 stagings[layout.record] = Staging(layout.record, group_records, widen)
             staging = stagings[layout.record]
             forwards = [prompt_kernel(group.weights, spec) for group in staging.groups]
-            sweep = Sweep(path, layout, reader, stats, bank, staging, forwards)
+            sweep = Sweep(path, layout, sweep_reader or reader, stats, bank, staging, forwards)
         children = extra_children(module)
         whole = None if parts.routed else WholeLayer(path, layout, reader, stats, bank)
         streamed[layout.path] = StreamedExperts(
