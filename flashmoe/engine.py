@@ -132,8 +132,8 @@ class FlashMoEModel:
             stats=self._stats,
             widen=widen_records,
             policy=options.policy,
-            parts=parts,
             sweep_reader=self._sweep_reader,
+            parts=parts,
         )
         # Finding routers takes up to a second: not where nothing could be read ahead.
         if wanted_forecast(options, chosen) and self._streaming.reads_ahead:

@@ -164,8 +164,8 @@ def stream_experts(
     stats: Stats,
     widen: bool,
     policy: str = "auto",
-    parts: Parts = ALL_PARTS,
     sweep_reader: Reader | None = None,
+    parts: Parts = ALL_PARTS,
 ) -> StreamingModel:
     """Replace every routed-expert module of `model` with one over a bank of its own.
 
