@@ -33,6 +33,7 @@ from flashmoe.model.load import (
     build_skeleton,
     load_resident,
     stream_experts,
+    use_native_attention,
     use_native_linears,
 )
 from flashmoe.model.memory import choose_context, choose_widening, plan_model
@@ -85,11 +86,13 @@ class FlashMoEModel:
         )
         mx.set_cache_limit(self.memory_plan.reuse_bytes)
         load_resident(skeleton, store, widen)
+        self._stats = Stats()
         if kernel == "cpu":
-            use_native_linears(skeleton)
+            use_native_linears(skeleton, self._stats.clock)
+            if mx.default_device() == mx.cpu:
+                use_native_attention(skeleton, self._stats.clock)
         self.store = store
         self.tokenizer = tokenizer
-        self._stats = Stats()
         self._reader: Reader | None = open_reader(self.reader, page_cache=self.page_cache)
         self._streaming: StreamingModel | None = stream_experts(
             skeleton,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from delaying import DelayingReader
 from readers import (
     FaultyReader,
     MemoryReader,
@@ -50,7 +51,11 @@ PREADV_CASES = [
     for mode in MODES
     for wrapper in WRAPPERS
 ]
-FILE_CASES = [*PREADV_CASES, "mmap", *(f"faulty {name}" for name in (*POOLS, "mmap"))]
+FILE_CASES = [
+    *PREADV_CASES,
+    "mmap",
+    *(f"{kind} {name}" for kind in ("faulty", "delaying") for name in (*POOLS, "mmap")),
+]
 CASES = ["memory", *FILE_CASES]
 
 
@@ -84,6 +89,12 @@ class Case:
             kind = self.name.removeprefix("faulty ")
             inner = MmapReader(threads) if kind == "mmap" else POOLS[kind](threads)
             return FaultyReader(inner, 2, bad_offset)
+        if self.name.startswith("delaying "):
+            named = self.name.removeprefix("delaying ")
+            inner = Case(named if named == "mmap" else f"{named}, cached", self.folder).reader(
+                bad_offset, threads
+            )
+            return DelayingReader(inner, bytes_per_second=1e9, delays=(0, 0, 0.0003, 0.001))
         pool, mode, *wrapper = self.name.split(", ")
         preadv = os.preadv if bad_offset is None else broken_preadv(bad_offset)
         if not wrapper and bad_offset is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -19,8 +20,10 @@ from flashmoe.checkpoint.architecture import (
 from flashmoe.checkpoint.config import Config
 from flashmoe.errors import StoreError
 from flashmoe.io.reader import Reader
-from flashmoe.kernels.contract import ExpertKernel, ExpertSpec, ProjectionPacking
+from flashmoe.kernels.attention import attending_class
+from flashmoe.kernels.contract import ExpertForward, ExpertKernel, ExpertSpec, ProjectionPacking
 from flashmoe.kernels.linear import native_twin
+from flashmoe.phases import PhaseClock
 from flashmoe.store.layout import LayerLayout, RecordLayout
 from flashmoe.store.reader import Store
 from flashmoe.streaming.bank import LayerBank
@@ -53,6 +56,17 @@ class StreamingModel:
         for layer, guess, bank in zip(self.layers, guesses, self.banks[1:], strict=False):
             if guess is not None and layer.reads_apart and bank.reads_ahead:
                 layer.foresight = Foresight(guess, bank, trial)
+
+    def resize(self, slots: Sequence[int]) -> None:
+        """Have so many slots in each layer's bank; those that shrink do so first.
+
+        Raises what `LayerBank.resize` raises. Not while the module is called.
+        """
+        resized = list(zip(self.layers, slots, strict=True))
+        for layer, n_slots in sorted(
+            resized, key=lambda pair: pair[1] - pair[0].bank.memory.n_slots
+        ):
+            layer.resize(n_slots)
 
     def preload(self, experts: Sequence[Sequence[int]]) -> None:
         """Read each bank's experts, the most valuable first, while nothing else is read; without
@@ -116,10 +130,24 @@ def load_resident(model: nn.Module, store: Store, widen: bool) -> None:
     model.eval()
 
 
-def use_native_linears(model: nn.Module) -> None:
-    """Put native products into the resident linear layers that the library covers."""
-    twins = {path: native_twin(module) for path, module in model.named_modules()}
+def use_native_linears(model: nn.Module, clock: PhaseClock | None = None) -> None:
+    """Put native products into the resident linear layers that the library covers; `clock` is
+    told of their time."""
+    twins = {path: native_twin(module, clock) for path, module in model.named_modules()}
     replace_modules(model, {path: twin for path, twin in twins.items() if twin is not None})
+
+
+def use_native_attention(model: nn.Module, clock: PhaseClock | None = None) -> None:
+    """Have the attention modules of `model` attend through the library where it covers that;
+    `clock` is told of its time."""
+    made: dict[type, type | None] = {}
+    for module in model.modules():
+        kind = type(module)
+        if kind not in made:
+            made[kind] = attending_class(module, clock)
+        if made[kind] is not None:
+            # Other modules may hold this very module, so it stays the one it is.
+            object.__setattr__(module, "__class__", made[kind])
 
 
 def stream_experts(
@@ -147,10 +175,18 @@ def stream_experts(
     for layer, n_slots in zip(store.manifest.layers, slots, strict=True):
         layout = layer.layout
         module = modules[layout.path]
-        bank = LayerBank(store, layout, reader, stats, n_slots=n_slots, widen=widen, policy=policy)
+        bank = LayerBank(
+            store,
+            layout,
+            reader,
+            stats,
+            n_slots=n_slots,
+            widen=widen,
+            policy=policy,
+            most_slots=layout.n_experts,
+        )
         spec = _spec(layout, module)
-        forward = kernel(bank.memory.weights, spec)
-        prompt_forward = prompt_kernel(bank.memory.weights, spec)
+        bind = partial(_bind, kernel, prompt_kernel, spec)
         sweep = None
         if group_records:
             if layout.record not in stagings:
@@ -158,14 +194,21 @@ def stream_experts(
             staging = stagings[layout.record]
             forwards = [prompt_kernel(group.weights, spec) for group in staging.groups]
             path = store.file(layout.file)
-            sweep = Sweep(path, layout, reader, stats, bank, prompt_forward, staging, forwards)
+            sweep = Sweep(path, layout, reader, stats, bank, staging, forwards)
         children = extra_children(module)
-        streamed[layout.path] = StreamedExperts(
-            bank, forward, prompt_forward, stats, children, sweep
-        )
+        streamed[layout.path] = StreamedExperts(bank, bind, stats, children, sweep)
         banks.append(bank)
     replace_modules(model, streamed)
     return StreamingModel(model, tuple(streamed.values()), tuple(banks), tuple(stagings.values()))
+
+
+def _bind(
+    kernel: ExpertKernel,
+    prompt_kernel: ExpertKernel,
+    spec: ExpertSpec,
+    weights: Mapping[str, mx.array],
+) -> tuple[ExpertForward, ExpertForward]:
+    return kernel(weights, spec), prompt_kernel(weights, spec)
 
 
 def _spec(layout: LayerLayout, module: nn.Module) -> ExpertSpec:

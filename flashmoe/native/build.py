@@ -28,6 +28,7 @@ FLAGS = (
 )
 _Sources = dict[str, tuple[str, ...]]
 _COMMON: _Sources = {
+    "attention.cpp": (),
     "dispatch.cpp": (),
     "experts.cpp": (),
     "grouping.cpp": (),

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "activations.inl"
+#include "attention.inl"
 #include "kernels.h"
 
 namespace flashmoe {
@@ -226,6 +227,9 @@ constexpr Kernels make_kernels() {
           float_tile<F32, kMany.rows, kMany.pairs>,
           reduce,
           activate,
+          outer,
+          weigh,
+          blend,
           widen<BF16>,
           widen<F16>};
 }

@@ -96,6 +96,17 @@ class ReadAhead:
         dropped = [self.cancel(expert) for expert in others]
         return [arrival for arrival in dropped if arrival is not None]
 
+    def finish(self) -> tuple[list[Arrival], list[Arrival]]:
+        """Cancel what has not begun, and wait for what has: the records that are whole, and the
+        others. Nothing is on its way then."""
+        for ticket, _ in self._coming.values():
+            if ticket is not None:
+                ticket.cancel()
+        for ticket, _ in self._coming.values():
+            if ticket is not None:
+                _succeeded(ticket)
+        return self.harvest()
+
 
 def _succeeded(ticket: Ticket) -> bool:
     try:

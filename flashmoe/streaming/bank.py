@@ -6,7 +6,6 @@ every output (`uses`) and evaluates those that are pending before it overwrites 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,12 +44,14 @@ class LayerBank:
         n_slots: int,
         widen: bool,
         policy: str = "auto",
+        most_slots: int | None = None,
     ) -> None:
+        """`most_slots`: up to how many slots `resize` should be cheap, as `SlotMemory` says."""
         self.group = layer.top_k
         self.record_bytes = layer.record.stride
         if n_slots < self.group:
             raise ValueError(f"{layer.path} needs at least {self.group} slots, not {n_slots}")
-        self.memory = SlotMemory(layer.record, n_slots, self.group, widen)
+        self.memory = SlotMemory(layer.record, n_slots, self.group, widen, most_slots)
         self._path = store.file(layer.file)
         self._layer = layer
         self._reader = reader
@@ -86,8 +87,7 @@ class LayerBank:
         `group`, and ReadError when a record cannot be read; the experts that had not landed are
         then absent, and the bank stays usable.
         """
-        if self._closed:
-            raise FlashMoEError("the model is closed; load it again with from_pretrained")
+        self._check_open()
         if len(experts) > self.group:
             raise ValueError(f"{len(experts)} experts at a time, but {self.group} is the most")
         self._harvest()
@@ -99,6 +99,8 @@ class LayerBank:
         if missing:
             self._settle_pending()
         self._count_guesses(experts, missing)
+        if apart:
+            self._stats.unguessed += sum(expert not in self._ahead for expert in missing)
         self._preload.use(experts)
         pinned = set(experts)
         arrivals: list[Arrival] = []
@@ -214,11 +216,8 @@ class LayerBank:
         """The experts that land next, as `Arrivals.land` says; the time counts as reading."""
         if not arrivals.coming:
             return []
-        started = time.perf_counter()
-        try:
+        with self._stats.clock.during("reading"):
             return arrivals.land()
-        finally:
-            self._stats.seconds.reading += time.perf_counter() - started
 
     def uses(self, output: mx.array) -> None:
         """Note an unevaluated array that reads slots of this bank.
@@ -243,12 +242,12 @@ class LayerBank:
 
         Raises FlashMoEError once the bank is closed.
         """
-        if self._closed:
-            raise FlashMoEError("the model is closed; load it again with from_pretrained")
+        self._check_open()
         return self._slot_of.copy()
 
     def use(self, experts: Sequence[int]) -> None:
         """Count the resident ones of `experts` as used, in this order."""
+        self._count_guesses(experts, ())
         for expert in self.resident(experts):
             self._policy.use(expert)
 
@@ -272,6 +271,44 @@ class LayerBank:
         except BaseException:
             self._free.append(own)
             raise
+
+    def resize(self, n_slots: int) -> None:
+        """Have so many slots, one token's needs at least; the system has the others' memory.
+
+        What the policy values least is evicted when there are fewer. `memory.resizes_in_place`
+        says before whether kernels have to be bound anew. Not while experts are requested.
+        Raises ValueError for too few slots.
+        """
+        self._check_open()
+        if n_slots < self.group:
+            raise ValueError(f"{self._layer.path} needs at least {self.group} slots, not {n_slots}")
+        before = self.memory.n_slots
+        if n_slots == before:
+            return
+        self._settle_pending()
+        self.pause_preload(())
+        self._take_in(*self._ahead.finish())
+        if n_slots < before:
+            self._vacate(n_slots)
+            self._free = [slot for slot in self._free if slot < n_slots]
+        try:
+            self.memory.resize(n_slots)
+        finally:
+            # Not as many as asked for when there was no memory.
+            self._policy.resize(self.memory.n_slots)
+            self._free[:0] = range(self.memory.n_slots - 1, before - 1, -1)
+        self.resume_preload()
+
+    def _vacate(self, n_slots: int) -> None:
+        """Leave `n_slots` experts at most, and these in the first slots."""
+        for _ in range(len(self.held()) - n_slots):
+            self._free.append(self._evict(set()))
+        low = [slot for slot in self._free if slot < n_slots]
+        for expert in np.flatnonzero(self._slot_of >= n_slots).tolist():
+            old, new = int(self._slot_of[expert]), low.pop()
+            self.memory.copy_slot(new, self.memory, old)
+            self._slot_of[expert] = new
+            self._free[self._free.index(new)] = old
 
     def close(self) -> None:
         """Give the slots' memory back; nothing can be acquired afterwards."""
@@ -300,6 +337,10 @@ class LayerBank:
         place = self.memory.destination(slot, row)
         offset = self._layer.record_offset(expert)
         return Arrival(expert, slot, row, ReadRequest(self._path, offset, place))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise FlashMoEError("the model is closed; load it again with from_pretrained")
 
     @property
     def _room_ahead(self) -> int:
@@ -337,16 +378,21 @@ class LayerBank:
             if not len(self._preload):
                 self._admit_preloaded()
         if len(self._ahead):
-            whole, failed = self._ahead.harvest()
-            # A prompt may have brought the same expert meanwhile.
-            twice = [arrival for arrival in whole if self._slot_of[arrival.expert] != ABSENT]
-            self._free.extend(arrival.slot for arrival in twice)
-            whole = [arrival for arrival in whole if arrival not in twice]
-            self._land(whole)
-            for arrival in whole:
-                self._policy.use(arrival.expert)
-                self._unused.add(arrival.expert)
-            self._lose(failed)
+            self._take_in(*self._ahead.harvest())
+
+    def _take_in(self, whole: Sequence[Arrival], failed: Sequence[Arrival]) -> None:
+        """Count records that were read ahead as resident, and forget those that failed."""
+        # A prompt may have brought the same expert meanwhile.
+        twice = [arrival for arrival in whole if self._slot_of[arrival.expert] != ABSENT]
+        self._free.extend(arrival.slot for arrival in twice)
+        self._stats.bytes_read += len(twice) * self._layer.record.stride
+        self._stats.bytes_wasted += len(twice) * self._layer.record.stride
+        whole = [arrival for arrival in whole if arrival not in twice]
+        self._land(whole)
+        for arrival in whole:
+            self._policy.use(arrival.expert)
+            self._unused.add(arrival.expert)
+        self._lose(failed)
 
     def _count_guesses(self, experts: Sequence[int], missing: Sequence[int]) -> None:
         """Note which guesses came true: landed and not used yet, or still on their way."""
@@ -371,10 +417,9 @@ class LayerBank:
 
     def _settle_pending(self) -> None:
         if self._pending:
-            started = time.perf_counter()
-            mx.eval(self._pending)
+            with self._stats.clock.during("computing"):
+                mx.eval(self._pending)
             self._pending.clear()
-            self._stats.seconds.computing += time.perf_counter() - started
 
     def _take_slot(self, pinned: set[int]) -> int:
         if self._free:
@@ -395,7 +440,9 @@ class LayerBank:
     def _evict(self, pinned: set[int]) -> int:
         """The slot of an expert that is no longer resident, none of `pinned`."""
         victim = self._policy.victim(pinned)
-        self._unused.discard(victim)
+        if victim in self._unused:
+            self._unused.discard(victim)
+            self._stats.bytes_wasted += self._layer.record.stride
         self._preload.forget(victim)
         slot = int(self._slot_of[victim])
         self._slot_of[victim] = ABSENT
