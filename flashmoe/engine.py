@@ -21,6 +21,7 @@ from flashmoe import machine
 from flashmoe.checkpoint.architecture import probe_routing
 from flashmoe.checkpoint.config import read_config
 from flashmoe.checkpoint.tokenizer import load_tokenizer
+from flashmoe.checkpoint.top_k import with_experts_per_token
 from flashmoe.errors import FlashMoEError
 from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
@@ -37,6 +38,7 @@ from flashmoe.model.load import (
     use_native_linears,
 )
 from flashmoe.model.memory import choose_context, choose_widening, plan_model
+from flashmoe.model.route_bias import prefer_resident
 from flashmoe.model.routers import find_forecasters
 from flashmoe.options import Options
 from flashmoe.repacking.execute import Progress
@@ -52,7 +54,8 @@ class FlashMoEModel:
 
     Attributes: `model` the mlx-lm module (`model.model(tokens[None])` gives logits), `tokenizer`
     mlx-lm's wrapper, `store` the open store, `memory_plan` where each byte goes, `reader` and
-    `page_cache` how records are read.
+    `page_cache` how records are read, `lossy` what makes its output differ from the model's, in
+    words, nothing by default.
     """
 
     def __init__(
@@ -69,6 +72,14 @@ class FlashMoEModel:
         # The native kernels read 16-bit scales and weights of float32 arithmetic as they are.
         widen_records = widen and kernel != "cpu"
         probed = probe_routing(config)
+        self.lossy: tuple[str, ...] = ()
+        if options.experts_per_token is not None:
+            count = options.experts_per_token
+            trained = max(probed.top_k.values())
+            config, probed = with_experts_per_token(config, count, probed)
+            store = replace(store, manifest=store.manifest.with_top_k(count))
+            if count < trained:
+                self.lossy = (f"{count} of {trained} experts per token",)
         tokenizer = load_tokenizer(store.path, config.get("eos_token_id"), probed.vocabulary)
         skeleton = build_skeleton(store, config)
         self.context = choose_context(config, options.context)
@@ -109,6 +120,10 @@ class FlashMoEModel:
         # Finding routers takes up to a second: not where nothing could be read ahead.
         if options.forecast and self._streaming.reads_ahead:
             self._streaming.foresee(find_forecasters(skeleton, config))
+        # Forecasters go on with the routers as they are.
+        if options.route_bias:
+            prefer_resident(self._streaming, config, options.route_bias)
+            self.lossy += (f"route bias {options.route_bias:g}",)
         self._remembered: RememberedBanks | None = None
         if options.warm_start:
             self._remembered = RememberedBanks(cache_folder() / WARM_START_FOLDER, store)
