@@ -37,14 +37,24 @@ from flashmoe.model.load import (
     use_native_attention,
     use_native_linears,
 )
-from flashmoe.model.memory import choose_context, choose_widening, plan_model
-from flashmoe.model.route_bias import prefer_resident
+from flashmoe.model.memory import (
+    choose_bank,
+    choose_context,
+    choose_widening,
+    plan_model,
+    shrink_bank,
+)
+from flashmoe.model.route_bias import find_steerable, prefer_resident
 from flashmoe.model.routers import find_forecasters
+from flashmoe.model.wanted import wanted_forecast, wanted_page_cache, wanted_reads
 from flashmoe.options import Options
 from flashmoe.repacking.execute import Progress
 from flashmoe.store.reader import Store
+from flashmoe.streaming import budget
+from flashmoe.streaming.parts import ALL_PARTS, Parts
 from flashmoe.streaming.remembered import RememberedBanks
 from flashmoe.streaming.telemetry import Stats
+from flashmoe.tuning import Choice, TuningFile
 
 WARM_START_FOLDER = "warm-start"
 
@@ -54,17 +64,22 @@ class FlashMoEModel:
 
     Attributes: `model` the mlx-lm module (`model.model(tokens[None])` gives logits), `tokenizer`
     mlx-lm's wrapper, `store` the open store, `memory_plan` where each byte goes, `reader` and
-    `page_cache` how records are read, `lossy` what makes its output differ from the model's, in
-    words, nothing by default.
+    `page_cache` how records are read, `choice` what decides options that were left open, `lossy`
+    what makes its output differ from the model's, in words, nothing by default.
     """
 
     def __init__(
         self,
         store: Store,
         options: Options | None = None,
+        *,
+        parts: Parts = ALL_PARTS,
         **named: Any,
     ) -> None:
-        """Load an open store, as `options` or options by name say; raises as `from_pretrained`."""
+        """Load an open store, as `options` or options by name say; raises as `from_pretrained`.
+
+        `parts` leaves parts of streaming out, to measure what they bring.
+        """
         options = replace(options or Options(), **named)
         kernel = resolve_kernel(options.kernel)
         config = read_config(store.path)
@@ -80,21 +95,31 @@ class FlashMoEModel:
             store = replace(store, manifest=store.manifest.with_top_k(count))
             if count < trained:
                 self.lossy = (f"{count} of {trained} experts per token",)
+        steerable = find_steerable(config) if options.route_bias else ()
         tokenizer = load_tokenizer(store.path, config.get("eos_token_id"), probed.vocabulary)
         skeleton = build_skeleton(store, config)
         self.context = choose_context(config, options.context)
-        self.memory_plan = plan_model(
+        plan = plan_model(
             store.manifest, config, probed, options, widen=widen, widen_records=widen_records
         )
-        self.reader = resolve_reader(options.reader)
+        self.choice = _find_choice(options, store)
+        chosen = choose_bank(options, self.choice, plan)
+        if chosen is not None and options.cache is None:
+            plan = shrink_bank(plan, store.manifest, chosen.bank_share, widen_records=widen_records)
+        self.memory_plan = plan
+        records = store.file(store.manifest.layers[0].layout.file)
         self.page_cache = choose_page_cache(
-            options.page_cache,
-            self.reader,
-            store.file(store.manifest.layers[0].layout.file),
+            wanted_page_cache(options, chosen, records),
+            options.reader,
+            records,
             file_bytes=store.manifest.streamed_bytes,
-            free_bytes=machine.usable_memory_bytes()
-            - (self.memory_plan.planned_bytes - self.memory_plan.process_bytes),
+            free_bytes=machine.usable_memory_bytes() - (plan.planned_bytes - plan.process_bytes),
         )
+        reads = wanted_reads(options, self.choice, self.page_cache)
+        self.reader = resolve_reader(reads.decode.reader)
+        # After the page cache was decided on, so that all else is as it is with a bank.
+        if not parts.bank:
+            self.memory_plan = budget.least_bank(self.memory_plan, store.manifest)
         mx.set_cache_limit(self.memory_plan.reuse_bytes)
         load_resident(skeleton, store, widen)
         self._stats = Stats()
@@ -104,7 +129,10 @@ class FlashMoEModel:
                 use_native_attention(skeleton, self._stats.clock)
         self.store = store
         self.tokenizer = tokenizer
-        self._reader: Reader | None = open_reader(self.reader, page_cache=self.page_cache)
+        self._reader: Reader | None = open_reader(reads.decode, page_cache=self.page_cache)
+        self._sweep_reader: Reader | None = self._reader
+        if reads.sweep != reads.decode:
+            self._sweep_reader = open_reader(reads.sweep, page_cache=self.page_cache)
         self._streaming: StreamingModel | None = stream_experts(
             skeleton,
             store,
@@ -116,13 +144,15 @@ class FlashMoEModel:
             stats=self._stats,
             widen=widen_records,
             policy=options.policy,
+            sweep_reader=self._sweep_reader,
+            parts=parts,
         )
         # Finding routers takes up to a second: not where nothing could be read ahead.
-        if options.forecast and self._streaming.reads_ahead:
+        if wanted_forecast(options, chosen) and self._streaming.reads_ahead:
             self._streaming.foresee(find_forecasters(skeleton, config))
         # Forecasters go on with the routers as they are.
-        if options.route_bias:
-            prefer_resident(self._streaming, config, options.route_bias)
+        if steerable:
+            prefer_resident(self._streaming, steerable, options.route_bias)
             self.lossy += (f"route bias {options.route_bias:g}",)
         self._remembered: RememberedBanks | None = None
         if options.warm_start:
@@ -249,11 +279,12 @@ class FlashMoEModel:
             self._streaming.stop_reading_ahead()
             if self._remembered is not None and self._stats.bytes_demanded:
                 self._remembered.write([bank.by_value() for bank in self._streaming.banks])
-        if self._reader is not None:
-            self._reader.close()
+        for reader in (self._reader, self._sweep_reader):
+            if reader is not None:
+                reader.close()
         if self._streaming is not None:
             self._streaming.close()
-        self._reader = None
+        self._reader = self._sweep_reader = None
         self._streaming = None
 
     def _running(self) -> StreamingModel:
@@ -274,3 +305,11 @@ class FlashMoEModel:
             # What a run that failed had in its banks is nothing to begin the next one with.
             self._remembered = None
         self.close()
+
+
+def _find_choice(options: Options, store: Store) -> Choice:
+    """What decides what the user left open."""
+    if isinstance(options.tuned, Choice):
+        return options.tuned
+    tuning = TuningFile(cache_folder(), store).read() if options.tuned else None
+    return Choice() if tuning is None else tuning.choice

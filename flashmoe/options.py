@@ -9,6 +9,7 @@ from flashmoe.errors import OptionError
 from flashmoe.io.select import resolve_reader
 from flashmoe.kernels.select import resolve_kernel
 from flashmoe.streaming.policy.select import resolve_policy
+from flashmoe.tuning import Choice
 from flashmoe.units import parse_size
 
 DTYPES = ("auto", "float32", "stored")
@@ -30,13 +31,15 @@ class Options:
     page_cache: whether records are read through the operating system's page cache; by
         default unless all of them do not fit into the memory that is left beside the process.
     forecast: whether to guess each layer's experts from the layer before and read them ahead,
-        where that turns out to pay.
+        where that turns out to pay; by default yes.
     policy: which expert gives way to one that is read: "lru", "clock", "slru", "s3fifo", "lfu",
         or "auto", which is "lfu": it missed least on held-out prompts.
     warm_start: whether the experts that are in the bank at the end are remembered (their numbers,
         in the cache folder, for this store), and read again in free time when the store is next
         loaded with this on. The commands have it on; here it is off, so that what a program
         reads does not depend on what ran before.
+    tuned: whether what `flashmoe tune` stored for this store and machine decides what is left
+        open here; or a `Choice` that does.
     experts_per_token: LOSSY: fewer experts per token than the model was trained with.
     route_bias: LOSSY: while decoding, an expert that a token is routed to and that is not in the
         bank gives way to one that is and whose router logit is at most this much lower; 0 is off.
@@ -53,9 +56,10 @@ class Options:
     dtype: str = "auto"
     reader: str = "auto"
     page_cache: bool | None = None
-    forecast: bool = True
+    forecast: bool | None = None
     policy: str = "auto"
     warm_start: bool = False
+    tuned: bool | Choice = True
     experts_per_token: int | None = None
     route_bias: float = 0.0
 

@@ -21,7 +21,7 @@ from places import save_places
 from sessions import resident_model
 from stores import folder_content, tiny_store, write_one_layer
 
-from flashmoe import FlashMoEModel, repack
+from flashmoe import FlashMoEModel, repack, tuning
 from flashmoe.cli.main import main
 from flashmoe.demo import DEMO_FOLDER
 from flashmoe.store.reader import Store
@@ -70,6 +70,14 @@ def hub(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(huggingface_hub, "model_info", hub.model_info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
     return hub
+
+
+@pytest.fixture(scope="session", autouse=True)
+def untuned() -> Iterator[None]:
+    """What whoever runs the tests has tuned is of no concern to them."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tuning, "FOLDER", "tuning-of-tests")
+        yield
 
 
 # The demo model

@@ -129,7 +129,7 @@ void batches(fm_reader* reader, int fd, uint64_t seed) {
 }
 
 void failures(int fd, int uncached) {
-  fm_reader* reader = fm_reader_open(3, uncached, broken);
+  fm_reader* reader = fm_reader_open(3, 0, uncached, broken);
   std::vector<uint8_t> buffer(4001000);
   std::vector<iovec> parts;
   for (size_t i = 0; i < 4001; ++i) parts.push_back({&buffer[i * 1000], 1000});
@@ -157,7 +157,7 @@ void failures(int fd, int uncached) {
 
 // Tickets outlive their reader; what was submitted is read before it closes.
 void closing(int fd) {
-  fm_reader* reader = fm_reader_open(4, 0, nullptr);
+  fm_reader* reader = fm_reader_open(4, 0, 0, nullptr);
   Random random{9};
   std::vector<Target> targets;
   std::vector<fm_ticket*> tickets;
@@ -187,7 +187,9 @@ int main(int argc, char** argv) {
   const int fd = open(argv[1], O_RDONLY);
   for (int uncached : {0, 1}) {
     for (fm_preadv preadv : {fm_preadv(nullptr), fm_preadv(unsteady)}) {
-      fm_reader* reader = fm_reader_open(4, uncached, preadv);
+      // Pieces of a block, which is the least there are, with reads that may come up short.
+      const int64_t piece = preadv ? 4096 : 0;
+      fm_reader* reader = fm_reader_open(4, piece, uncached, preadv);
       std::vector<std::thread> callers;
       for (uint64_t seed : {1, 2, 3})
         callers.emplace_back([=] { batches(reader, fd, seed); });

@@ -15,7 +15,7 @@ PACKAGE = Path(flashmoe.__file__).parent
 FLOORS = [
     {"errors", "units", "machine", "phases", "keeping", "dtypes", "demo", "native"},
     {"store", "checkpoint", "io", "kernels"},
-    {"streaming", "repacking"},
+    {"streaming", "repacking", "tuning"},
     {"options"},
     {"model", "generation", "locate"},
     {"engine"},

@@ -15,7 +15,7 @@ from test_routers import WITHOUT
 from flashmoe.checkpoint.architecture import expert_modules, replace_modules
 from flashmoe.checkpoint.top_k import _with_top_k
 from flashmoe.errors import OptionError
-from flashmoe.model.route_bias import Steering, prefer_resident
+from flashmoe.model.route_bias import Steering, find_steerable, prefer_resident
 from flashmoe.model.routing_sites import find_sites
 from flashmoe.model.scoring import Groups, Scoring
 
@@ -79,7 +79,7 @@ class Bank:
 def steer(block: Block, config: dict[str, Any], margin: float) -> list[Bank]:
     banks = [Bank(np.ones(N_EXPERTS, bool)) for _ in block.sites]
     streaming: Any = SimpleNamespace(module=block.model, banks=banks)
-    prefer_resident(streaming, config, margin)
+    prefer_resident(streaming, find_steerable(config), margin)
     return banks
 
 
@@ -173,8 +173,5 @@ class TestSteering:
 @pytest.mark.parametrize("family", WITHOUT)
 def test_families_without_routers_are_refused(family: str) -> None:
     config = FAMILIES[family]
-    model = build_model(config, seed=0)
-    banks = [Bank(np.ones(N_EXPERTS, bool)) for _ in expert_modules(model)]
-    streaming: Any = SimpleNamespace(module=model, banks=banks)
     with pytest.raises(OptionError, match=f"{config['model_type']} models"):
-        prefer_resident(streaming, config, 1.0)
+        find_steerable(config)

@@ -87,10 +87,11 @@ PageCache = Annotated[
     ),
 ]
 Forecast = Annotated[
-    bool,
+    bool | None,
     typer.Option(
         "--forecast/--no-forecast",
-        help="Read ahead what the next layer may need, where that turns out to pay.",
+        help="Read ahead what the next layer may need, where that turns out to pay. Default: yes.",
+        show_default=False,
     ),
 ]
 Policy = Annotated[
@@ -106,6 +107,13 @@ WarmStart = Annotated[
         "--warm-start/--no-warm-start",
         help="Remember which experts were in memory at the end, and read those again while the "
         "next run begins.",
+    ),
+]
+Tuned = Annotated[
+    bool,
+    typer.Option(
+        "--tuned/--no-tuned",
+        help="Leave what is not said here to what flashmoe tune stored, if it did.",
     ),
 ]
 ExpertsPerToken = Annotated[
@@ -138,17 +146,19 @@ class EngineOptions:
     kernel: Kernel = "auto"
     reader: Reader = "auto"
     page_cache: PageCache = None
-    forecast: Forecast = True
+    forecast: Forecast = None
     policy: Policy = "auto"
     warm_start: WarmStart = True
+    tuned: Tuned = True
     experts_per_token: ExpertsPerToken = None
     route_bias: RouteBias = 0.0
 
 
 def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
     """`command` with the fields of `EngineOptions` in place of its parameter `engine`, which
-    receives them as one object."""
+    receives them as one object; those that it has a parameter of its own for keep their default."""
     hints = get_type_hints(EngineOptions, include_extras=True)
+    own = inspect.signature(command, eval_str=True).parameters
     named = {
         field.name: inspect.Parameter(
             field.name,
@@ -157,9 +167,10 @@ def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
             annotation=hints[field.name],
         )
         for field in fields(EngineOptions)
+        if field.name not in own
     }
     parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+    for parameter in own.values():
         if parameter.name == "engine":
             parameters += named.values()
         else:

@@ -99,11 +99,13 @@ def inspect(store: options.StorePath, json: options.Json = False) -> None:
     from rich.table import Table
 
     from flashmoe.cli.console import out, print_json
+    from flashmoe.cli.tune import describe_choice, stored_tuning
     from flashmoe.store.inspect import inspect as summarise
 
     summary = summarise(store)
+    tuning = stored_tuning(store)
     if json:
-        print_json(asdict(summary))
+        print_json({**asdict(summary), "tuned": None if tuning is None else asdict(tuning)})
         return
     out.print(f"[bold]{escape(summary.path)}[/bold]  {_headline(summary)}")
     revision = f" @ {summary.source.revision}" if summary.source.revision else ""
@@ -114,6 +116,8 @@ def inspect(store: options.StorePath, json: options.Json = False) -> None:
         ("streamed", f"{format_size(summary.streamed_bytes)} in {summary.records} records"),
         ("per token", f"{format_size(summary.token_bytes)} of records"),
     ]
+    if tuning is not None:
+        rows.append(("tuned", "; ".join(f"{what}: {how}" for what, how in describe_choice(tuning))))
     for name, value in rows:
         out.print(f"  {name:<10} {escape(value)}")
     table = Table()

@@ -10,7 +10,7 @@ from typing import Any
 
 from flashmoe.errors import ReadCancelled, ReadError
 from flashmoe.io.files import OpenFiles
-from flashmoe.io.pieces import DEFAULT_THREADS
+from flashmoe.io.pieces import DEFAULT_THREADS, Depth
 from flashmoe.io.reader import Priority, ReadCounters, Reader, ReadRequest, Ticket
 from flashmoe.io.transfer import Preadv
 from flashmoe.native.reader import (
@@ -32,11 +32,11 @@ _FOREIGN = 1 << 20
 
 
 class NativeReader(Reader):
-    """Batches are read by `threads` threads of the native library.
+    """Batches are read by `threads` threads of the native library, in pieces as `Depth` says.
 
     Without `page_cache` files are read past the page cache, wherever the buffers lie.
     `preadv(fd, buffers, offset) -> bytes read` takes the system's place to inject faults.
-    Raises OptionError where the library is not there.
+    Raises OptionError where the library is not there, and for numbers out of range.
     """
 
     def __init__(
@@ -45,7 +45,9 @@ class NativeReader(Reader):
         preadv: Preadv | None = None,
         *,
         page_cache: bool = True,
+        piece_bytes: int | None = None,
     ) -> None:
+        depth = Depth(threads, piece_bytes)
         self._library = library()
         self._files = OpenFiles(page_cache)
         self._lock = threading.Lock()
@@ -55,7 +57,9 @@ class NativeReader(Reader):
         # Batches that may still be written to: their buffers have to stay.
         self._running: set[NativeTicket] = set()
         self._last_counters = ReadCounters()
-        self._handle: Any = self._library.fm_reader_open(threads, not page_cache, self._callback)
+        self._handle: Any = self._library.fm_reader_open(
+            depth.threads, depth.piece_bytes or 0, not page_cache, self._callback
+        )
         if self._handle is None:
             raise MemoryError("no memory for a reader")
 

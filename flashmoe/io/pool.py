@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from flashmoe.errors import ReadCancelled, ReadError
 from flashmoe.io.files import OpenFiles
-from flashmoe.io.pieces import DEFAULT_THREADS, cut, piece_bytes
+from flashmoe.io.pieces import DEFAULT_THREADS, Depth, cut
 from flashmoe.io.reader import Priority, ReadCounters, Reader, ReadRequest, Ticket
 
 
@@ -46,11 +46,16 @@ Work = Callable[[Piece], None]
 
 
 class PooledReader(Reader):
-    """A reader whose pieces are read by `threads` threads."""
+    """A reader whose pieces, of `piece_bytes` at most, are read by `threads` threads.
 
-    def __init__(self, files: OpenFiles, threads: int = DEFAULT_THREADS) -> None:
+    Raises OptionError for numbers out of range.
+    """
+
+    def __init__(
+        self, files: OpenFiles, threads: int = DEFAULT_THREADS, piece_bytes: int | None = None
+    ) -> None:
         self._files = files
-        self._threads = threads
+        self._depth = Depth(threads, piece_bytes)
         self._closed = False
         self._crew = _Crew(threads, self._worker)
 
@@ -74,8 +79,8 @@ class PooledReader(Reader):
         ]
         if self._crew.process != os.getpid():
             # Threads do not survive a fork, and its locks may be held forever.
-            self._crew = _Crew(self._threads, self._worker)
-        most = piece_bytes(sum(request.nbytes for request in requests), self._threads)
+            self._crew = _Crew(self._depth.threads, self._worker)
+        most = self._depth.piece_of(sum(request.nbytes for request in requests))
         pieces = []
         for job in jobs:
             begin = job.request.offset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from flashmoe.errors import OptionError
 from flashmoe.options import Options
 from flashmoe.store.manifest import Manifest
 from flashmoe.streaming import budget
+from flashmoe.tuning import BankChoice, Choice
 from flashmoe.units import parse_size
 
 DEFAULT_CONTEXT = 4096
@@ -91,6 +93,31 @@ def plan_model(
         ),
         demands=demands,
     )
+
+
+def choose_bank(options: Options, choice: Choice, plan: budget.MemoryPlan) -> BankChoice | None:
+    """What `choice` says about the bank of a plan; None when that was measured with another
+    amount of memory, or not at all."""
+    if choice.bank is None:
+        return None
+    # A bank that the user fixed is compared with the one that ran.
+    share = 1.0 if options.cache is None else choice.bank.bank_share
+    return choice.bank if choice.bank.holds_for(round(plan.bank_bytes / share)) else None
+
+
+def shrink_bank(
+    plan: budget.MemoryPlan, manifest: Manifest, share: float, *, widen_records: bool
+) -> budget.MemoryPlan:
+    """A plan whose bank has that share of its bytes, but never less than one token's needs.
+
+    Nothing else changes: another chunk size would change results.
+    """
+    layouts = [layer.layout for layer in manifest.layers]
+    demands = budget.layer_demands(layouts, widen_records)
+    smaller = max(plan.least_bank_bytes, int(plan.bank_bytes * share))
+    slots = budget.share_slots(demands, smaller)
+    used = sum(n * demand.slot_bytes for n, demand in zip(slots, demands, strict=True))
+    return replace(plan, slots=slots, bank_bytes=used)
 
 
 def _kv_bytes(caches: list[Any], context: int, manifest: Manifest, widen: bool) -> int:

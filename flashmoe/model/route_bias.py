@@ -13,6 +13,7 @@ replacements are dropped until one does.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,31 +137,36 @@ class SteeredGate(SteeredRouter):
         return self._chooser(steered.astype(x.dtype), *args, **kwargs)
 
 
-def prefer_resident(streaming: StreamingModel, config: Config, margin: float) -> None:
-    """Have every router of a model prefer experts in memory within `margin` router logits.
+def find_steerable(config: Config) -> tuple[Site, ...]:
+    """The routers of a model in the order of its layers.
 
-    Raises OptionError naming the family when a router is not found.
+    Raises OptionError naming the family when one is not found.
     """
-    model = streaming.module
-    modules = dict(model.named_modules())
-    sites = find_sites(config)
-    routers: dict[str, nn.Module] = {}
-    for (path, site), bank in zip(sites.items(), streaming.banks, strict=True):
+    sites: list[Site] = []
+    for path, site in find_sites(config).items():
         if site is None or path.startswith(f"{site.router}."):
             raise OptionError(
                 f"the routers of {config['model_type']} models are not found where they could be "
                 "biased; leave --route-bias out"
             )
+        sites.append(site)
+    return tuple(sites)
+
+
+def prefer_resident(streaming: StreamingModel, sites: Sequence[Site], margin: float) -> None:
+    """Have the routers at `sites`, one per layer, prefer experts in memory within `margin` router
+    logits."""
+    model = streaming.module
+    modules = dict(model.named_modules())
+    routers: dict[str, nn.Module] = {}
+    for site, bank in zip(sites, streaming.banks, strict=True):
         router = modules[site.router]
         linear = isinstance(router, (nn.Linear, nn.QuantizedLinear))
         kind = SteeredRouter if linear else SteeredGate
         bias = None if site.bias is None else _lookup(modules, site.bias)
-        routers[site.router] = kind(router, _steering(site, bias, margin), bank)
+        steering = Steering(site.scoring, bias, site.top_k, margin)
+        routers[site.router] = kind(router, steering, bank)
     replace_modules(model, routers)
-
-
-def _steering(site: Site, bias: mx.array | None, margin: float) -> Steering:
-    return Steering(site.scoring, bias, site.top_k, margin)
 
 
 def _lookup(modules: dict[str, nn.Module], name: str) -> mx.array:

@@ -56,9 +56,11 @@ typedef struct {
   double open_seconds;
 } fm_read_counters;
 
-/* Uncached: the descriptors were opened with O_DIRECT or have F_NOCACHE set. preadv may be NULL.
- * NULL without memory. */
-FM_EXPORT fm_reader* fm_reader_open(int32_t threads, int32_t uncached, fm_preadv preadv);
+/* Uncached: the descriptors were opened with O_DIRECT or have F_NOCACHE set. Pieces have at most
+ * piece_bytes; with 0 a batch has one for each thread, within bounds. preadv may be NULL. NULL
+ * without memory. */
+FM_EXPORT fm_reader* fm_reader_open(int32_t threads, int64_t piece_bytes, int32_t uncached,
+                                    fm_preadv preadv);
 
 /* Queue a batch behind earlier ones of its priority; FM_OK puts a ticket into *ticket, which is
  * to be freed. FM_NO_RESOURCES, when there is no thread or memory: nothing will be read. */

@@ -35,8 +35,11 @@ int64_t cut(std::vector<Piece>& pieces, int64_t request, int64_t begin, int64_t 
 
 }  // namespace
 
-ReadPool::ReadPool(int threads, bool uncached, fm_preadv preadv)
-    : most_threads_(std::max(1, threads)), uncached_(uncached), preadv_(preadv) {}
+ReadPool::ReadPool(int threads, int64_t piece_bytes, bool uncached, fm_preadv preadv)
+    : most_threads_(std::max(1, threads)),
+      piece_bytes_(piece_bytes),
+      uncached_(uncached),
+      preadv_(preadv) {}
 
 std::shared_ptr<Batch> ReadPool::submit(const fm_read* reads, int64_t n, int priority) {
   auto batch = std::make_shared<Batch>();
@@ -50,7 +53,9 @@ std::shared_ptr<Batch> ReadPool::submit(const fm_read* reads, int64_t n, int pri
     total += request.bytes;
     batch->requests.push_back(std::move(request));
   }
-  const int64_t most = std::clamp(total / most_threads_, kLeastPiece, kMostPiece);
+  const int64_t most = piece_bytes_ > 0
+                           ? piece_bytes_
+                           : std::clamp(total / most_threads_, kLeastPiece, kMostPiece);
   for (int64_t i = 0; i < n; ++i) {
     Request& request = batch->requests[size_t(i)];
     request.pieces_left = cut(batch->pieces, i, request.offset, request.bytes, most);

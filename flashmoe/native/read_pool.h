@@ -42,7 +42,7 @@ struct Batch {
 // One lock guards all of it; a batch that has ended is not touched again.
 class ReadPool {
  public:
-  ReadPool(int threads, bool uncached, fm_preadv preadv);
+  ReadPool(int threads, int64_t piece_bytes, bool uncached, fm_preadv preadv);
 
   // Throws std::system_error without a thread, and std::bad_alloc.
   std::shared_ptr<Batch> submit(const fm_read* reads, int64_t n, int priority);
@@ -62,6 +62,7 @@ class ReadPool {
   void count_open(int64_t change);
 
   const int most_threads_;
+  const int64_t piece_bytes_;
   const bool uncached_;
   const fm_preadv preadv_;
   std::mutex lock_;

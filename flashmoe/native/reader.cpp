@@ -36,7 +36,9 @@ struct fm_ticket {
 };
 
 struct fm_reader {
-  int32_t threads, uncached;
+  int32_t threads;
+  int64_t piece_bytes;
+  bool uncached;
   fm_preadv preadv;
   std::shared_ptr<ReadPool> pool;
   uint64_t process;
@@ -44,12 +46,14 @@ struct fm_reader {
   bool forked() const { return process != forks.load(); }
 };
 
-fm_reader* fm_reader_open(int32_t threads, int32_t uncached, fm_preadv preadv) {
+fm_reader* fm_reader_open(int32_t threads, int64_t piece_bytes, int32_t uncached,
+                          fm_preadv preadv) {
   static const int registered = pthread_atfork(nullptr, nullptr, note_fork);
   (void)registered;
   try {
-    auto pool = std::make_shared<ReadPool>(threads, uncached != 0, preadv);
-    return new fm_reader{threads, uncached, preadv, std::move(pool), forks.load()};
+    auto pool = std::make_shared<ReadPool>(threads, piece_bytes, uncached != 0, preadv);
+    return new fm_reader{threads,         piece_bytes, uncached != 0, preadv,
+                         std::move(pool), forks.load()};
   } catch (const std::exception&) {
     return nullptr;
   }
@@ -61,8 +65,8 @@ int fm_reader_submit(fm_reader* reader, const fm_read* reads, int64_t n, int32_t
     return FM_BAD_ARGUMENT;
   try {
     if (reader->forked()) {
-      auto fresh =
-          std::make_shared<ReadPool>(reader->threads, reader->uncached != 0, reader->preadv);
+      auto fresh = std::make_shared<ReadPool>(reader->threads, reader->piece_bytes,
+                                              reader->uncached, reader->preadv);
       leave(reader->pool);
       reader->pool = std::move(fresh);
       reader->process = forks.load();
