@@ -28,7 +28,7 @@ from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Ses
 from flashmoe.io.reader import Reader
 from flashmoe.io.select import choose_page_cache, open_reader, resolve_reader
 from flashmoe.kernels.select import resolve_kernel, select_kernel, select_prompt_kernel
-from flashmoe.locate import cache_folder, open_model
+from flashmoe.locate import cache_folder, lock_folder, open_model
 from flashmoe.model.load import (
     StreamingModel,
     build_skeleton,
@@ -38,9 +38,11 @@ from flashmoe.model.load import (
     use_native_linears,
 )
 from flashmoe.model.memory import (
+    Needs,
     choose_bank,
     choose_context,
     choose_widening,
+    govern,
     plan_model,
     shrink_bank,
 )
@@ -49,8 +51,10 @@ from flashmoe.model.routers import find_forecasters
 from flashmoe.model.wanted import wanted_forecast, wanted_page_cache, wanted_reads
 from flashmoe.options import Options
 from flashmoe.repacking.execute import Progress
+from flashmoe.store.claim import claim
 from flashmoe.store.reader import Store
 from flashmoe.streaming import budget
+from flashmoe.streaming.governor import Governor
 from flashmoe.streaming.parts import ALL_PARTS, Parts
 from flashmoe.streaming.remembered import RememberedBanks
 from flashmoe.streaming.telemetry import Stats
@@ -82,6 +86,8 @@ class FlashMoEModel:
         """
         options = replace(options or Options(), **named)
         kernel = resolve_kernel(options.kernel)
+        self._claim = claim(store, lock_folder(), share=options.share)
+        found_bytes = machine.resident_set_bytes() + machine.usable_memory_bytes()
         config = read_config(store.path)
         widen = choose_widening(config, options.dtype)
         # The native kernels read 16-bit scales and weights of float32 arithmetic as they are.
@@ -99,13 +105,12 @@ class FlashMoEModel:
         tokenizer = load_tokenizer(store.path, config.get("eos_token_id"), probed.vocabulary)
         skeleton = build_skeleton(store, config)
         self.context = choose_context(config, options.context)
-        plan = plan_model(
-            store.manifest, config, probed, options, widen=widen, widen_records=widen_records
-        )
+        needs = Needs(store.manifest, config, probed, self.context, widen, widen_records)
+        whole = plan = plan_model(needs, options)
         self.choice = _find_choice(options, store)
         chosen = choose_bank(options, self.choice, plan)
         if chosen is not None and options.cache is None:
-            plan = shrink_bank(plan, store.manifest, chosen.bank_share, widen_records=widen_records)
+            plan = shrink_bank(needs, plan, chosen.bank_share)
         self.memory_plan = plan
         records = store.file(store.manifest.layers[0].layout.file)
         self.page_cache = choose_page_cache(
@@ -147,6 +152,16 @@ class FlashMoEModel:
             sweep_reader=self._sweep_reader,
             parts=parts,
         )
+        self._governor: Governor | None = None
+        # A bank of a given size keeps it.
+        if plan.total_bytes is not None and options.cache is None and parts.bank:
+            self._governor = govern(
+                needs,
+                plan,
+                self._streaming,
+                found_bytes=found_bytes,
+                left_bytes=whole.bank_bytes - plan.bank_bytes,
+            )
         # Finding routers takes up to a second: not where nothing could be read ahead.
         if wanted_forecast(options, chosen) and self._streaming.reads_ahead:
             self._streaming.foresee(find_forecasters(skeleton, config))
@@ -179,8 +194,8 @@ class FlashMoEModel:
         `revision` and `progress` as in `flashmoe.repack`). The engine's options are those of
         `flashmoe.Options`, as a whole or by name: `from_pretrained(path, memory="24GB")`.
 
-        Raises SourceError, StoreError, OptionError, or MemoryBudgetError naming the least that
-        would fit.
+        Raises SourceError, StoreError, StoreInUseError, OptionError, or MemoryBudgetError naming
+        the least that would fit.
         """
         options = replace(options or Options(), **named)
         store = open_model(
@@ -200,8 +215,8 @@ class FlashMoEModel:
 
     @property
     def bank_bytes(self) -> int:
-        """Memory of all slots."""
-        return self.memory_plan.bank_bytes
+        """Memory of all slots, as it is now."""
+        return self.memory_plan.bank_bytes if self._governor is None else self._governor.bank_bytes
 
     def session(self) -> Session:
         """A conversation that keeps its KV cache between turns."""
@@ -211,6 +226,7 @@ class FlashMoEModel:
             self._stats,
             context=self.context,
             chunk=self.memory_plan.prompts.chunk_tokens,
+            before_step=self._governor.before_step if self._governor else None,
         )
 
     def stream(
@@ -286,6 +302,8 @@ class FlashMoEModel:
             self._streaming.close()
         self._reader = self._sweep_reader = None
         self._streaming = None
+        self._governor = None
+        self._claim.release()
 
     def _running(self) -> StreamingModel:
         if self._streaming is None:

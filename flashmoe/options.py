@@ -34,6 +34,8 @@ class Options:
         where that turns out to pay; by default yes.
     policy: which expert gives way to one that is read: "lru", "clock", "slru", "s3fifo", "lfu",
         or "auto", which is "lfu": it missed least on held-out prompts.
+    share: whether other processes may run the same store at the same time. Each would take the
+        memory that it finds free; without it, the one that comes second is refused.
     warm_start: whether the experts that are in the bank at the end are remembered (their numbers,
         in the cache folder, for this store), and read again in free time when the store is next
         loaded with this on. The commands have it on; here it is off, so that what a program
@@ -58,6 +60,7 @@ class Options:
     page_cache: bool | None = None
     forecast: bool | None = None
     policy: str = "auto"
+    share: bool = False
     warm_start: bool = False
     tuned: bool | Choice = True
     experts_per_token: int | None = None

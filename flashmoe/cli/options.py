@@ -101,6 +101,10 @@ Policy = Annotated[
         help="Which expert gives way in the bank: auto, lru, clock, slru, s3fifo or lfu.",
     ),
 ]
+Share = Annotated[
+    bool,
+    typer.Option("--share", help="Run although another process runs the same store."),
+]
 WarmStart = Annotated[
     bool,
     typer.Option(
@@ -148,6 +152,7 @@ class EngineOptions:
     page_cache: PageCache = None
     forecast: Forecast = None
     policy: Policy = "auto"
+    share: Share = False
     warm_start: WarmStart = True
     tuned: Tuned = True
     experts_per_token: ExpertsPerToken = None

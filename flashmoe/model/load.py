@@ -9,6 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
 
 from flashmoe.checkpoint.architecture import (
     build_resident,
@@ -58,6 +60,19 @@ class StreamingModel:
         for layer, guess, bank in zip(self.layers, guesses, self.banks[1:], strict=False):
             if guess is not None and layer.reads_apart and bank.reads_ahead:
                 layer.foresight = Foresight(guess, bank, trial)
+
+    def slots(self) -> list[int]:
+        """How many slots each layer's bank has."""
+        return [bank.memory.n_slots for bank in self.banks]
+
+    def uses(self) -> list[npt.NDArray[np.int64]]:
+        """How often single tokens used each expert of each layer."""
+        return [layer.uses for layer in self.layers]
+
+    @property
+    def resizes_in_place(self) -> bool:
+        """Whether banks change their size without new arrays, which makes that cheap."""
+        return all(bank.memory.reserves for bank in self.banks)
 
     def resize(self, slots: Sequence[int]) -> None:
         """Have so many slots in each layer's bank; those that shrink do so first.

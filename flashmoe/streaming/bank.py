@@ -49,6 +49,7 @@ class LayerBank:
         """`most_slots`: up to how many slots `resize` should be cheap, as `SlotMemory` says."""
         self.group = layer.top_k
         self.record_bytes = layer.record.stride
+        self.n_experts = layer.n_experts
         if n_slots < self.group:
             raise ValueError(f"{layer.path} needs at least {self.group} slots, not {n_slots}")
         self.memory = SlotMemory(layer.record, n_slots, self.group, widen, most_slots)
