@@ -21,6 +21,7 @@ from flashmoe import machine
 from flashmoe.checkpoint.architecture import probe_routing
 from flashmoe.checkpoint.config import read_config
 from flashmoe.checkpoint.tokenizer import load_tokenizer
+from flashmoe.checkpoint.top_k import with_experts_per_token
 from flashmoe.errors import FlashMoEError
 from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
@@ -45,6 +46,7 @@ from flashmoe.model.memory import (
     plan_model,
     shrink_bank,
 )
+from flashmoe.model.route_bias import find_steerable, prefer_resident
 from flashmoe.model.routers import find_forecasters
 from flashmoe.model.scores import ScoresProbe
 from flashmoe.model.wanted import wanted_forecast, wanted_page_cache, wanted_reads
@@ -67,7 +69,8 @@ class FlashMoEModel:
 
     Attributes: `model` the mlx-lm module (`model.model(tokens[None])` gives logits), `tokenizer`
     mlx-lm's wrapper, `store` the open store, `memory_plan` where each byte goes, `reader` and
-    `page_cache` how records are read, `choice` what decides options that were left open.
+    `page_cache` how records are read, `choice` what decides options that were left open, `lossy`
+    what makes its output differ from the model's, in words, nothing by default.
     """
 
     def __init__(
@@ -93,6 +96,15 @@ class FlashMoEModel:
         native_attention = kernel == "cpu" and mx.default_device() == mx.cpu
         scores = ScoresProbe()
         probed = probe_routing(config, scores.watch if native_attention else None)
+        self.lossy: tuple[str, ...] = ()
+        if options.experts_per_token is not None:
+            count = options.experts_per_token
+            trained = max(probed.top_k.values())
+            config, probed = with_experts_per_token(config, count, probed)
+            store = replace(store, manifest=store.manifest.with_top_k(count))
+            if count < trained:
+                self.lossy = (f"{count} of {trained} experts per token",)
+        steerable = find_steerable(config) if options.route_bias else ()
         tokenizer = load_tokenizer(store.path, config.get("eos_token_id"), probed.vocabulary)
         skeleton = build_skeleton(store, config)
         self.context = choose_context(config, options.context)
@@ -166,6 +178,10 @@ class FlashMoEModel:
         # Finding routers takes up to a second: not where nothing could be read ahead.
         if wanted_forecast(options, chosen) and self._streaming.reads_ahead:
             self._streaming.foresee(find_forecasters(skeleton, config))
+        # Forecasters go on with the routers as they are.
+        if steerable:
+            prefer_resident(self._streaming, steerable, options.route_bias)
+            self.lossy += (f"route bias {options.route_bias:g}",)
         self._remembered: RememberedBanks | None = None
         if options.warm_start:
             self._remembered = RememberedBanks(cache_folder() / WARM_START_FOLDER, store)

@@ -120,6 +120,22 @@ Tuned = Annotated[
         help="Leave what is not said here to what flashmoe tune stored, if it did.",
     ),
 ]
+ExpertsPerToken = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="LOSSY: route every token to N experts, fewer than the model was trained with.",
+        show_default=False,
+    ),
+]
+RouteBias = Annotated[
+    float,
+    typer.Option(
+        metavar="B",
+        help="LOSSY: while decoding, prefer experts in memory whose router logit is at most B "
+        "lower. Output then depends on what is in memory. 0 is off.",
+    ),
+]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Also print hits, misses and bytes read.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON for programs.")]
 
@@ -139,6 +155,8 @@ class EngineOptions:
     share: Share = False
     warm_start: WarmStart = True
     tuned: Tuned = True
+    experts_per_token: ExpertsPerToken = None
+    route_bias: RouteBias = 0.0
 
 
 Command = Callable[..., None]

@@ -240,6 +240,12 @@ class LayerBank:
         experts: list[int] = np.flatnonzero(self._slot_of != ABSENT).tolist()
         return experts
 
+    def residency(self) -> npt.NDArray[np.bool_]:
+        """Which experts [n_experts] are in a slot now."""
+        self._harvest()
+        held: npt.NDArray[np.bool_] = self._slot_of != ABSENT
+        return held
+
     def slot_table(self) -> npt.NDArray[np.int32]:
         """The slot of each expert [n_experts], or ABSENT, as it is now.
 
