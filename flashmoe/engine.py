@@ -48,8 +48,11 @@ from flashmoe.model.wanted import wanted_forecast, wanted_page_cache, wanted_rea
 from flashmoe.options import Options
 from flashmoe.repacking.execute import Progress
 from flashmoe.store.reader import Store
+from flashmoe.streaming.remembered import RememberedBanks
 from flashmoe.streaming.telemetry import Stats
 from flashmoe.tuning import Choice, TuningFile
+
+WARM_START_FOLDER = "warm-start"
 
 
 class FlashMoEModel:
@@ -97,13 +100,13 @@ class FlashMoEModel:
         self.reader = resolve_reader(reads.decode.reader)
         mx.set_cache_limit(self.memory_plan.reuse_bytes)
         load_resident(skeleton, store, widen)
+        self._stats = Stats()
         if kernel == "cpu":
-            use_native_linears(skeleton)
+            use_native_linears(skeleton, self._stats.clock)
             if mx.default_device() == mx.cpu:
-                use_native_attention(skeleton)
+                use_native_attention(skeleton, self._stats.clock)
         self.store = store
         self.tokenizer = tokenizer
-        self._stats = Stats()
         self._reader: Reader | None = open_reader(reads.decode, page_cache=self.page_cache)
         self._sweep_reader: Reader | None = self._reader
         if reads.sweep != reads.decode:
@@ -124,6 +127,10 @@ class FlashMoEModel:
         # Finding routers takes up to a second: not where nothing could be read ahead.
         if wanted_forecast(options, chosen) and self._streaming.reads_ahead:
             self._streaming.foresee(find_forecasters(skeleton, config))
+        self._remembered: RememberedBanks | None = None
+        if options.warm_start:
+            self._remembered = RememberedBanks(cache_folder() / WARM_START_FOLDER, store)
+            self._streaming.preload(self._remembered.read() or ())
 
     @classmethod
     def from_pretrained(
@@ -237,7 +244,14 @@ class FlashMoEModel:
             bank.check_integrity()
 
     def close(self) -> None:
-        """Give back files, threads and memory; closing twice is fine."""
+        """Give back files, threads and memory; closing twice is fine.
+
+        With `warm_start` it is also when the banks' experts are remembered, once some were used.
+        """
+        if self._streaming is not None:
+            self._streaming.stop_reading_ahead()
+            if self._remembered is not None and self._stats.bytes_demanded:
+                self._remembered.write([bank.by_value() for bank in self._streaming.banks])
         for reader in (self._reader, self._sweep_reader):
             if reader is not None:
                 reader.close()
@@ -260,6 +274,9 @@ class FlashMoEModel:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if kind is not None and not issubclass(kind, KeyboardInterrupt):
+            # What a run that failed had in its banks is nothing to begin the next one with.
+            self._remembered = None
         self.close()
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from delaying import DelayingReader
 from readers import (
     FaultyReader,
     MemoryReader,
@@ -58,7 +59,7 @@ FILE_CASES = [
     *DEPTH_CASES,
     "mmap",
     *(f"mmap, {name}" for name in PIECES),
-    *(f"faulty {name}" for name in (*POOLS, "mmap")),
+    *(f"{kind} {name}" for kind in ("faulty", "delaying") for name in (*POOLS, "mmap")),
 ]
 CASES = ["memory", *FILE_CASES]
 
@@ -94,6 +95,12 @@ class Case:
             kind = self.name.removeprefix("faulty ")
             inner = MmapReader(threads) if kind == "mmap" else POOLS[kind](threads)
             return FaultyReader(inner, 2, bad_offset)
+        if self.name.startswith("delaying "):
+            named = self.name.removeprefix("delaying ")
+            inner = Case(named if named == "mmap" else f"{named}, cached", self.folder).reader(
+                bad_offset, threads
+            )
+            return DelayingReader(inner, bytes_per_second=1e9, delays=(0, 0, 0.0003, 0.001))
         pool, mode, *wrapper = self.name.split(", ")
         if pieces is not None:
             faulty = () if bad_offset is None else (broken_preadv(bad_offset),)

@@ -181,7 +181,7 @@ def test_methods_keep_what_they_are() -> None:
     assert ours is not theirs
     assert ours.__code__ is theirs.__code__  # type: ignore[attr-defined]
     assert ours.__defaults__ == theirs.__defaults__  # type: ignore[attr-defined]
-    assert ours.__globals__[attention.NAME] is attention.attend  # type: ignore[attr-defined]
+    assert ours.__globals__[attention.NAME].func is attention.attend  # type: ignore[attr-defined]
     assert theirs.__globals__[attention.NAME] is base.scaled_dot_product_attention  # type: ignore[attr-defined]
     assert made.__name__ == "Base"
 

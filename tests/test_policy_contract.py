@@ -41,6 +41,18 @@ def take_step(policy: Policy, resident: set[int], step: list[int]) -> list[int]:
     return victims
 
 
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_ranked_is_the_order_of_eviction_backwards(name: str) -> None:
+    policy = make_policy(name, 6)
+    resident: set[int] = set()
+    for step in steps(5, 60, N_EXPERTS, 2):
+        take_step(policy, resident, step)
+    ranked = policy.ranked()
+    assert set(ranked) == resident
+    assert ranked == policy.ranked()
+    assert [policy.victim(()) for _ in range(6)] == ranked[::-1]
+
+
 @pytest.mark.parametrize("capacity", [2, 3, 5, 8, 11])
 @pytest.mark.parametrize("name", POLICY_NAMES)
 def test_as_its_twin(name: str, capacity: int) -> None:

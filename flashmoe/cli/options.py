@@ -108,6 +108,14 @@ Tuned = Annotated[
         help="Leave what is not said here to what flashmoe tune stored, if it did.",
     ),
 ]
+WarmStart = Annotated[
+    bool,
+    typer.Option(
+        "--warm-start/--no-warm-start",
+        help="Remember which experts were in memory at the end, and read those again while the "
+        "next run begins.",
+    ),
+]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Also print hits, misses and bytes read.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON for programs.")]
 
@@ -125,6 +133,7 @@ class EngineOptions:
     forecast: Forecast = None
     policy: Policy = "auto"
     tuned: Tuned = True
+    warm_start: WarmStart = True
 
 
 def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -81,10 +80,9 @@ class TokenState:
         # Before the last token only the caches matter: the LM head is never computed.
         with left_lazy(() if logits else self._output_layers):
             out: mx.array = self._model(mx.array([ids], mx.int32), cache=self._cache)[0, -1]
-        started = time.perf_counter()
         state = [layer.state for layer in self._cache]
-        mx.eval(state, out) if logits else mx.eval(state)
-        self._stats.seconds.computing += time.perf_counter() - started
+        with self._stats.clock.during("computing"):
+            mx.eval(state, out) if logits else mx.eval(state)
         self.ids.extend(ids)
         self._torn = False
         return out
@@ -140,28 +138,26 @@ def generate_tokens(
 
     What `state` has already consumed of `ids` is not fed again.
     """
-    started = time.perf_counter()
-    known = state.rewind_to_prefix_of(ids)
-    logits = state.feed(ids[known:], progress, should_stop)
-    stats.prompt_tokens += len(state.ids) - known
-    stats.seconds.prefill += time.perf_counter() - started
+    with stats.generating("prefill"):
+        known = state.rewind_to_prefix_of(ids)
+        logits = state.feed(ids[known:], progress, should_stop)
+        stats.prompt_tokens += len(state.ids) - known
     for count in range(1, max_tokens + 1):
         if logits is None or should_stop():
             return
-        started = time.perf_counter()
-        token = _sample(logits, sampler)
-        stats.tokens += 1
-        stats.seconds.decode += time.perf_counter() - started
+        with stats.generating("decode"):
+            token = _sample(logits, sampler, stats)
+            stats.tokens += 1
         yield token
         if token in stop_ids or count == max_tokens or should_stop():
             return
-        started = time.perf_counter()
-        logits = state.feed([token])
-        stats.seconds.decode += time.perf_counter() - started
+        with stats.generating("decode"):
+            logits = state.feed([token])
 
 
-def _sample(logits: mx.array, sampler: Sampler) -> int:
+def _sample(logits: mx.array, sampler: Sampler, stats: Stats) -> int:
     logits = logits.astype(mx.float32)
     logprobs = logits - mx.logsumexp(logits)
-    token: Any = sampler(logprobs[None]).item()
-    return int(token)
+    token: Any = sampler(logprobs[None])
+    with stats.clock.during("computing"):
+        return int(token.item())

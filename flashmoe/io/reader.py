@@ -13,10 +13,11 @@ from typing import Any, overload
 
 
 class Priority(IntEnum):
-    """Which waiting reads begin first: no forecast read begins while a demanded one waits."""
+    """Which waiting reads begin first: none begins while one of a lower number waits."""
 
     DEMAND = 0
     FORECAST = 1
+    PRELOAD = 2
 
 
 class Scatter(Sequence[memoryview]):

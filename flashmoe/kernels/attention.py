@@ -9,6 +9,7 @@ What is not covered goes to mlx-lm's function.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from mlx_lm.models import base
 
 from flashmoe import native
+from flashmoe.phases import PhaseClock
 
 NAME = "scaled_dot_product_attention"
 # Fewer multiplications stay with MLX: leaving its graph costs more than they take.
@@ -32,9 +34,12 @@ def attend(
     scale: float,
     mask: mx.array | str | None,
     sinks: mx.array | None = None,
+    *,
+    clock: PhaseClock | None = None,
 ) -> mx.array:
     """mlx-lm's `scaled_dot_product_attention`: [batch, heads, queries, v_dim]. Evaluates its
-    arguments where the library takes over, which depends on shapes and dtypes alone."""
+    arguments where the library takes over, which depends on shapes and dtypes alone; `clock`
+    is told that this, and what it waits for, is computing."""
     if hasattr(cache, "bits") or not covers(queries, keys, values, mask, sinks):
         y: mx.array = base.scaled_dot_product_attention(
             queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
@@ -44,14 +49,15 @@ def attend(
     given = mask if isinstance(mask, mx.array) else None
     if given is not None and given.dtype != mx.bool_:
         given = given.astype(mx.float32)
-    mx.eval(arrays, [array for array in (given, sinks) if array is not None])
-    rows = native.attend(
-        *(np.array(array, copy=False) for array in arrays),
-        scale=scale,
-        causal=isinstance(mask, str),
-        mask=None if given is None else np.array(given, copy=False),
-        sinks=None if sinks is None else np.array(sinks.astype(mx.float32)),
-    )
+    with (clock or PhaseClock()).during("computing"):
+        mx.eval(arrays, [array for array in (given, sinks) if array is not None])
+        rows = native.attend(
+            *(np.array(array, copy=False) for array in arrays),
+            scale=scale,
+            causal=isinstance(mask, str),
+            mask=None if given is None else np.array(given, copy=False),
+            sinks=None if sinks is None else np.array(sinks.astype(mx.float32)),
+        )
     return mx.array(rows).transpose(0, 2, 1, 3)
 
 
@@ -75,7 +81,7 @@ def covers(
     return bool(batch * heads * n_queries * n_keys * (k_dim + v_dim) >= LEAST_PRODUCTS)
 
 
-def attending_class(module: nn.Module) -> type[nn.Module] | None:
+def attending_class(module: nn.Module, clock: PhaseClock | None = None) -> type[nn.Module] | None:
     """A subclass of the module's class that attends with `attend`, or None for a class whose
     methods do not call mlx-lm's function."""
     kind = type(module)
@@ -83,7 +89,7 @@ def attending_class(module: nn.Module) -> type[nn.Module] | None:
     for parent in reversed(kind.__mro__):
         for name, value in vars(parent).items():
             if isinstance(value, FunctionType) and _attends(value):
-                methods[name] = _with_global(value, NAME, attend)
+                methods[name] = _with_global(value, NAME, partial(attend, clock=clock))
             else:
                 methods.pop(name, None)
     return type(kind.__name__, (kind,), methods) if methods else None

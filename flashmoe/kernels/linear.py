@@ -17,6 +17,7 @@ import numpy as np
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 
 from flashmoe import native
+from flashmoe.phases import PhaseClock
 
 # Smaller layers stay with MLX: leaving and re-entering its graph costs more than they take.
 LEAST_WEIGHTS = 1 << 17
@@ -27,7 +28,7 @@ class NativeLinear(nn.Linear):
 
     def __call__(self, x: mx.array) -> mx.array:
         if self._native and x.dtype == mx.float32:
-            return _with_bias(self, _product(self._matrix, x))
+            return _with_bias(self, _product(self, x))
         y: mx.array = super().__call__(x)
         return y
 
@@ -37,7 +38,7 @@ class NativeQuantizedLinear(nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         if self._native and x.dtype == mx.float32:
-            return _with_bias(self, _product(self._matrix, x))
+            return _with_bias(self, _product(self, x))
         y: mx.array = super().__call__(x)
         return y
 
@@ -47,7 +48,7 @@ class NativeEmbedding(nn.Embedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         if self._native and x.dtype == mx.float32:
-            return _product(self._matrix, x)
+            return _product(self, x)
         y: mx.array = super().as_linear(x)
         return y
 
@@ -57,7 +58,7 @@ class NativeQuantizedEmbedding(nn.QuantizedEmbedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         if self._native and x.dtype == mx.float32:
-            return _product(self._matrix, x)
+            return _product(self, x)
         y: mx.array = super().as_linear(x)
         return y
 
@@ -70,7 +71,7 @@ class NativeMultiLinear(MultiLinear):
 
     def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
         if transpose and self._native and x.dtype == mx.float32:
-            return _product_per_head(self._matrix, x)
+            return _product_per_head(self, x)
         y: mx.array = super().__call__(x, transpose)
         return y
 
@@ -80,7 +81,7 @@ class NativeQuantizedMultiLinear(QuantizedMultiLinear):
 
     def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
         if transpose and self._native and x.dtype == mx.float32:
-            return _product_per_head(self._matrix, x)
+            return _product_per_head(self, x)
         y: mx.array = super().__call__(x, transpose)
         return y
 
@@ -95,9 +96,12 @@ _TWINS = {
 }
 
 
-def native_twin(module: nn.Module) -> nn.Module | None:
+def native_twin(module: nn.Module, clock: PhaseClock | None = None) -> nn.Module | None:
     """The same layer with the native product, sharing its evaluated parameters, or None when
-    the module is no linear layer, is small, or is packed in a way that is not covered."""
+    the module is no linear layer, is small, or is packed in a way that is not covered.
+
+    `clock` is told that products, and what they wait for, are computing.
+    """
     twin = _TWINS.get(type(module))
     if twin is None:
         return None
@@ -109,6 +113,7 @@ def native_twin(module: nn.Module) -> nn.Module | None:
     dict.update(made, module)
     vars(made).update(vars(module))
     made._matrix = matrix
+    made._clock = clock or PhaseClock()
     made._native = True
     return made  # type: ignore[no-any-return]
 
@@ -158,18 +163,24 @@ def _slots(array: mx.array) -> mx.array:
     return slots
 
 
-def _product(matrix: native.Matrix, x: mx.array) -> mx.array:
-    rows = np.array(x.reshape(-1, x.shape[-1]), copy=False)
-    return mx.array(native.matmul(rows, matrix)).reshape(*x.shape[:-1], matrix.rows)
+def _product(layer: Any, x: mx.array) -> mx.array:
+    matrix: native.Matrix = layer._matrix
+    with layer._clock.during("computing"):
+        rows = np.array(x.reshape(-1, x.shape[-1]), copy=False)
+        y = native.matmul(rows, matrix)
+    return mx.array(y).reshape(*x.shape[:-1], matrix.rows)
 
 
-def _product_per_head(matrix: native.Matrix, x: mx.array) -> mx.array:
+def _product_per_head(layer: Any, x: mx.array) -> mx.array:
+    matrix: native.Matrix = layer._matrix
     if x.shape[-3] != matrix.n_slots:
         x = mx.broadcast_to(x, (*x.shape[:-3], matrix.n_slots, *x.shape[-2:]))
-    rows = np.array(x.reshape(-1, x.shape[-1]), copy=False)
-    heads = np.repeat(np.arange(matrix.n_slots, dtype=np.int32), x.shape[-2])
-    slots = np.tile(heads, len(rows) // len(heads))
-    return mx.array(native.matmul(rows, matrix, slots)).reshape(*x.shape[:-1], matrix.rows)
+    with layer._clock.during("computing"):
+        rows = np.array(x.reshape(-1, x.shape[-1]), copy=False)
+        heads = np.repeat(np.arange(matrix.n_slots, dtype=np.int32), x.shape[-2])
+        slots = np.tile(heads, len(rows) // len(heads))
+        y = native.matmul(rows, matrix, slots)
+    return mx.array(y).reshape(*x.shape[:-1], matrix.rows)
 
 
 def _with_bias(module: nn.Module, y: mx.array) -> mx.array:

@@ -23,6 +23,7 @@ from flashmoe.io.reader import Reader
 from flashmoe.kernels.attention import attending_class
 from flashmoe.kernels.contract import ExpertForward, ExpertKernel, ExpertSpec, ProjectionPacking
 from flashmoe.kernels.linear import native_twin
+from flashmoe.phases import PhaseClock
 from flashmoe.store.layout import LayerLayout, RecordLayout
 from flashmoe.store.reader import Store
 from flashmoe.streaming.bank import LayerBank
@@ -66,6 +67,17 @@ class StreamingModel:
             resized, key=lambda pair: pair[1] - pair[0].bank.memory.n_slots
         ):
             layer.resize(n_slots)
+
+    def preload(self, experts: Sequence[Sequence[int]]) -> None:
+        """Read each bank's experts, the most valuable first, while nothing else is read; without
+        any, nothing."""
+        for bank, wanted in zip(self.banks, experts, strict=False):
+            bank.preload(wanted)
+
+    def stop_reading_ahead(self) -> None:
+        """Give up what nobody has demanded."""
+        for bank in self.banks:
+            bank.stop_reading_ahead()
 
     def close(self) -> None:
         """Give the banks' memory back; the module can no longer be called."""
@@ -118,19 +130,21 @@ def load_resident(model: nn.Module, store: Store, widen: bool) -> None:
     model.eval()
 
 
-def use_native_linears(model: nn.Module) -> None:
-    """Put native products into the resident linear layers that the library covers."""
-    twins = {path: native_twin(module) for path, module in model.named_modules()}
+def use_native_linears(model: nn.Module, clock: PhaseClock | None = None) -> None:
+    """Put native products into the resident linear layers that the library covers; `clock` is
+    told of their time."""
+    twins = {path: native_twin(module, clock) for path, module in model.named_modules()}
     replace_modules(model, {path: twin for path, twin in twins.items() if twin is not None})
 
 
-def use_native_attention(model: nn.Module) -> None:
-    """Have the attention modules of `model` attend through the library where it covers that."""
+def use_native_attention(model: nn.Module, clock: PhaseClock | None = None) -> None:
+    """Have the attention modules of `model` attend through the library where it covers that;
+    `clock` is told of its time."""
     made: dict[type, type | None] = {}
     for module in model.modules():
         kind = type(module)
         if kind not in made:
-            made[kind] = attending_class(module)
+            made[kind] = attending_class(module, clock)
         if made[kind] is not None:
             # Other modules may hold this very module, so it stays the one it is.
             object.__setattr__(module, "__class__", made[kind])

@@ -100,7 +100,9 @@ void ReadPool::run() {
   std::unique_lock<std::mutex> locked(lock_);
   for (;;) {
     auto* queue = &waiting_[FM_DEMAND];
-    if (queue->empty()) queue = &waiting_[FM_FORECAST];
+    for (int next = FM_FORECAST; queue->empty() && next < kPriorities; ++next) {
+      queue = &waiting_[next];
+    }
     if (queue->empty()) {
       if (stopping_) return;
       work_waits_.wait(locked);

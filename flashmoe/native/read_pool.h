@@ -17,7 +17,7 @@
 
 namespace flashmoe {
 
-constexpr int kPriorities = 2;
+constexpr int kPriorities = 3;
 
 struct Request {
   int fd;

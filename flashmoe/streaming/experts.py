@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,12 +63,11 @@ class StreamedExperts(nn.Module):
     def _call(self, x: mx.array, indices: mx.array) -> mx.array:
         one_token = indices.size == indices.shape[-1]
         guess = self.foresight.guess(x) if self.foresight is not None and one_token else None
-        started = time.perf_counter()
         # The readback: once these are here, everything this layer's routing depends on has run.
-        if guess is not None:
-            mx.eval(indices, guess)
-        experts = np.array(indices)
-        self._stats.seconds.computing += time.perf_counter() - started
+        with self._stats.clock.during("computing"):
+            if guess is not None:
+                mx.eval(indices, guess)
+            experts = np.array(indices)
         if self.observer is not None:
             self.observer(experts)
         distinct = np.unique(experts)
@@ -152,10 +150,8 @@ class StreamedExperts(nn.Module):
         self, x: mx.array, slots: npt.NDArray[np.int32], *, prompt: bool = False
     ) -> mx.array:
         forward = self._forward(prompt=prompt)
-        started = time.perf_counter()
-        y = forward(x, slots)
-        self._stats.seconds.experts += time.perf_counter() - started
-        return y
+        with self._stats.clock.during("experts"):
+            return forward(x, slots)
 
     def _run_grouped(
         self, x: mx.array, experts: npt.NDArray[Any], distinct: npt.NDArray[Any]
@@ -175,9 +171,8 @@ class StreamedExperts(nn.Module):
             table = self._bank.acquire(group.tolist())
             slots = table[flat[order[begin:end], None]]
             y = self._compute(rows[mx.array(token_of[begin:end])], slots, prompt=True)
-            started = time.perf_counter()
-            mx.eval(y)
-            self._stats.seconds.computing += time.perf_counter() - started
+            with self._stats.clock.during("experts"):
+                mx.eval(y)
             parts.append(y.squeeze(-2))
         restore = np.empty_like(order)
         restore[order] = np.arange(len(order))

@@ -8,7 +8,6 @@ and on staging, and kernels for prompts give a row the same bits in any such com
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,8 +137,10 @@ class Sweep:
     ) -> mx.array:
         """Raises ReadError when a record cannot be read whole, and FlashMoEError once the bank
         is closed; whatever is raised, bank and staging can be used again."""
-        table = self._bank.slot_table()
         rows = RoutedRows.of(indices)
+        # What is still to be preloaded may be needed here, and would then be read twice.
+        self._bank.pause_preload(rows.experts.tolist())
+        table = self._bank.slot_table()
         here = table[rows.experts] != ABSENT
         missing = np.flatnonzero(~here)
         self._count(len(rows.experts), len(missing))
@@ -170,6 +171,7 @@ class Sweep:
             raise
         # The experts of most rows count as used last.
         self._bank.use(rows.experts[np.argsort(rows.counts, kind="stable")].tolist())
+        self._bank.resume_preload()
         y = result.array()
         return y.reshape(*indices.shape, y.shape[-1])
 
@@ -191,11 +193,10 @@ class Sweep:
         )
 
     def _wait(self, ticket: Ticket, n_records: int, number: int) -> None:
-        started = time.perf_counter()
-        ticket.wait()
-        for slot in range(n_records):
-            self._staging.groups[number % N_GROUPS].settle(slot, slot)
-        self._stats.seconds.reading += time.perf_counter() - started
+        with self._stats.clock.during("reading"):
+            ticket.wait()
+            for slot in range(n_records):
+                self._staging.groups[number % N_GROUPS].settle(slot, slot)
         self._stats.bytes_read += n_records * self._layer.record.stride
 
     def _compute(
@@ -206,9 +207,8 @@ class Sweep:
         slots: npt.NDArray[np.int32],
         forward: ExpertForward,
     ) -> None:
-        started = time.perf_counter()
-        result.put(rows.pairs(run), np.repeat(slots, rows.counts[run])[:, None], forward)
-        self._stats.seconds.experts += time.perf_counter() - started
+        with self._stats.clock.during("experts"):
+            result.put(rows.pairs(run), np.repeat(slots, rows.counts[run])[:, None], forward)
 
     def _make_room(self, rows: RoutedRows, missing: Ints) -> set[int]:
         """Free the slots of the resident experts that leave; returns the experts to adopt."""

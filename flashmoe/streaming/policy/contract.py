@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 
@@ -48,6 +49,12 @@ class Policy(ABC):
 
         Raises KeyError when it is not resident.
         """
+
+    def ranked(self) -> list[int]:
+        """The resident experts, those that would be evicted last first."""
+        left = copy.deepcopy(self)
+        order = [left.victim(()) for _ in range(len(left))]
+        return order[::-1]
 
     @abstractmethod
     def __contains__(self, expert: int) -> bool:
