@@ -149,8 +149,10 @@ class FlashMoEModel:
         self.tokenizer = tokenizer
         self._reader: Reader | None = open_reader(reads.decode, page_cache=self.page_cache)
         self._sweep_reader: Reader | None = self._reader
-        if reads.sweep != reads.decode:
+        if resolve_reader(reads.sweep.reader) != self.reader:
             self._sweep_reader = open_reader(reads.sweep, page_cache=self.page_cache)
+        elif reads.sweep.depth != reads.decode.depth:
+            self._sweep_reader = self._reader.lane(reads.sweep.depth)
         self._streaming: StreamingModel | None = stream_experts(
             skeleton,
             store,
