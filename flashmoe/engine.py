@@ -52,6 +52,7 @@ from flashmoe.model.scores import ScoresProbe
 from flashmoe.model.wanted import wanted_forecast, wanted_page_cache, wanted_reads
 from flashmoe.options import Options
 from flashmoe.repacking.execute import Progress
+from flashmoe.repacking.recipe import Recipe
 from flashmoe.store.claim import claim
 from flashmoe.store.reader import Store
 from flashmoe.streaming import budget
@@ -198,6 +199,8 @@ class FlashMoEModel:
         bits: int | None = None,
         group_size: int | None = None,
         resident_bits: int | None = None,
+        method: str | None = None,
+        recipe: str | Path | Recipe | None = None,
         revision: str | None = None,
         progress: Progress | None = None,
         **named: Any,
@@ -206,8 +209,9 @@ class FlashMoEModel:
 
         A store may be given as its path or as what `flashmoe.repack` returned. Checkpoints are
         repacked on first use into ~/.cache/flashmoe (`bits`, `group_size`, `resident_bits`,
-        `revision` and `progress` as in `flashmoe.repack`). The engine's options are those of
-        `flashmoe.Options`, as a whole or by name: `from_pretrained(path, memory="24GB")`.
+        `method`, `recipe`, `revision` and `progress` as in `flashmoe.repack`). The engine's
+        options are those of `flashmoe.Options`, as a whole or by name:
+        `from_pretrained(path, memory="24GB")`.
 
         Raises SourceError, StoreError, StoreInUseError, OptionError, or MemoryBudgetError naming
         the least that would fit.
@@ -218,6 +222,8 @@ class FlashMoEModel:
             bits=bits,
             group_size=group_size,
             resident_bits=resident_bits,
+            method=method,
+            recipe=recipe,
             revision=revision,
             progress=progress,
         )
