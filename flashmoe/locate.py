@@ -104,3 +104,8 @@ def _prefix(repo: str) -> str:
 def cache_folder() -> Path:
     """Where stores of checkpoints and the verdicts of kernel checks are kept."""
     return CACHE_FOLDER.expanduser()
+
+
+def lock_folder() -> Path:
+    """Where it says which process runs which store."""
+    return cache_folder() / "locks"

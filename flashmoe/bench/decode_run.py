@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe import machine
-from flashmoe.bench.decode import PROMPTS
+from flashmoe.bench.prompts import PROMPTS
 from flashmoe.engine import FlashMoEModel
 from flashmoe.errors import FlashMoEError
 from flashmoe.options import Options
