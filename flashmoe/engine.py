@@ -21,26 +21,48 @@ from flashmoe import machine
 from flashmoe.checkpoint.architecture import probe_routing
 from flashmoe.checkpoint.config import read_config
 from flashmoe.checkpoint.tokenizer import load_tokenizer
+from flashmoe.checkpoint.top_k import with_experts_per_token
 from flashmoe.errors import FlashMoEError
 from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
-from flashmoe.io.reader import Reader
+from flashmoe.io.reader import ReadCounters, Reader
 from flashmoe.io.select import choose_page_cache, open_reader, resolve_reader
 from flashmoe.kernels.select import resolve_kernel, select_kernel, select_prompt_kernel
-from flashmoe.locate import cache_folder, open_model
+from flashmoe.locate import cache_folder, lock_folder, open_model
 from flashmoe.model.load import (
     StreamingModel,
     build_skeleton,
     load_resident,
     stream_experts,
+    use_native_attention,
     use_native_linears,
 )
-from flashmoe.model.memory import choose_context, choose_widening, plan_model
+from flashmoe.model.memory import (
+    Needs,
+    choose_bank,
+    choose_context,
+    choose_widening,
+    govern,
+    plan_model,
+    shrink_bank,
+)
+from flashmoe.model.route_bias import find_steerable, prefer_resident
 from flashmoe.model.routers import find_forecasters
+from flashmoe.model.scores import ScoresProbe
+from flashmoe.model.wanted import wanted_forecast, wanted_page_cache, wanted_reads
 from flashmoe.options import Options
 from flashmoe.repacking.execute import Progress
+from flashmoe.repacking.recipe import Recipe
+from flashmoe.store.claim import claim
 from flashmoe.store.reader import Store
+from flashmoe.streaming import budget
+from flashmoe.streaming.governor import Governor
+from flashmoe.streaming.parts import ALL_PARTS, Parts
+from flashmoe.streaming.remembered import RememberedBanks
 from flashmoe.streaming.telemetry import Stats
+from flashmoe.tuning import Choice, TuningFile
+
+WARM_START_FOLDER = "warm-start"
 
 
 class FlashMoEModel:
@@ -48,46 +70,90 @@ class FlashMoEModel:
 
     Attributes: `model` the mlx-lm module (`model.model(tokens[None])` gives logits), `tokenizer`
     mlx-lm's wrapper, `store` the open store, `memory_plan` where each byte goes, `reader` and
-    `page_cache` how records are read.
+    `page_cache` how records are read, `choice` what decides options that were left open, `lossy`
+    what makes its output differ from the model's, in words, nothing by default.
     """
 
     def __init__(
         self,
         store: Store,
         options: Options | None = None,
+        *,
+        parts: Parts = ALL_PARTS,
         **named: Any,
     ) -> None:
-        """Load an open store, as `options` or options by name say; raises as `from_pretrained`."""
+        """Load an open store, as `options` or options by name say; raises as `from_pretrained`.
+
+        `parts` leaves parts of streaming out, to measure what they bring.
+        """
         options = replace(options or Options(), **named)
         kernel = resolve_kernel(options.kernel)
+        self._claim = claim(store, lock_folder(), share=options.share)
+        found_bytes = machine.resident_set_bytes() + machine.usable_memory_bytes()
         config = read_config(store.path)
         widen = choose_widening(config, options.dtype)
         # The native kernels read 16-bit scales and weights of float32 arithmetic as they are.
         widen_records = widen and kernel != "cpu"
-        probed = probe_routing(config)
+        native_attention = kernel == "cpu" and mx.default_device() == mx.cpu
+        scores = ScoresProbe()
+        probed = probe_routing(config, scores.watch if native_attention else None)
+        self.lossy: tuple[str, ...] = ()
+        if options.experts_per_token is not None:
+            count = options.experts_per_token
+            trained = max(probed.top_k.values())
+            config, probed = with_experts_per_token(config, count, probed)
+            store = replace(store, manifest=store.manifest.with_top_k(count))
+            if count < trained:
+                self.lossy = (f"{count} of {trained} experts per token",)
+        steerable = find_steerable(config) if options.route_bias else ()
         tokenizer = load_tokenizer(store.path, config.get("eos_token_id"), probed.vocabulary)
         skeleton = build_skeleton(store, config)
         self.context = choose_context(config, options.context)
-        self.memory_plan = plan_model(
-            store.manifest, config, probed, options, widen=widen, widen_records=widen_records
+        needs = Needs(
+            store.manifest,
+            config,
+            probed,
+            self.context,
+            widen,
+            widen_records,
+            # The library attends in float32 alone; MLX's own attention is fused on GPUs.
+            held_scores=mx.default_device() == mx.cpu
+            and not (native_attention and widen and scores.are_never_held(probed.caches)),
         )
-        self.reader = resolve_reader(options.reader)
+        whole = plan = plan_model(needs, options)
+        self.choice = _find_choice(options, store)
+        chosen = choose_bank(options, self.choice, plan)
+        if chosen is not None and options.cache is None:
+            plan = shrink_bank(needs, plan, chosen.bank_share)
+        self.memory_plan = plan
+        records = store.file(store.manifest.layers[0].layout.file)
         self.page_cache = choose_page_cache(
-            options.page_cache,
-            self.reader,
-            store.file(store.manifest.layers[0].layout.file),
+            wanted_page_cache(options, chosen, records),
+            options.reader,
+            records,
             file_bytes=store.manifest.streamed_bytes,
-            free_bytes=machine.usable_memory_bytes()
-            - (self.memory_plan.planned_bytes - self.memory_plan.process_bytes),
+            free_bytes=machine.usable_memory_bytes() - (plan.planned_bytes - plan.process_bytes),
         )
+        reads = wanted_reads(options, self.choice, self.page_cache)
+        self.reader = resolve_reader(reads.decode.reader)
+        # After the page cache was decided on, so that all else is as it is with a bank.
+        if not parts.bank:
+            self.memory_plan = budget.least_bank(self.memory_plan, store.manifest)
         mx.set_cache_limit(self.memory_plan.reuse_bytes)
         load_resident(skeleton, store, widen)
+        self._stats = Stats()
         if kernel == "cpu":
-            use_native_linears(skeleton)
+            use_native_linears(skeleton, self._stats.clock)
+            if native_attention:
+                use_native_attention(skeleton, self._stats.clock)
         self.store = store
         self.tokenizer = tokenizer
-        self._stats = Stats()
-        self._reader: Reader | None = open_reader(self.reader, page_cache=self.page_cache)
+        self._reader: Reader | None = open_reader(reads.decode, page_cache=self.page_cache)
+        self._sweep_reader: Reader | None = self._reader
+        if resolve_reader(reads.sweep.reader) != self.reader:
+            self._sweep_reader = open_reader(reads.sweep, page_cache=self.page_cache)
+        elif reads.sweep.depth != reads.decode.depth:
+            self._sweep_reader = self._reader.lane(reads.sweep.depth)
         self._streaming: StreamingModel | None = stream_experts(
             skeleton,
             store,
@@ -99,10 +165,30 @@ class FlashMoEModel:
             stats=self._stats,
             widen=widen_records,
             policy=options.policy,
+            sweep_reader=self._sweep_reader,
+            parts=parts,
         )
+        self._governor: Governor | None = None
+        # A bank of a given size keeps it.
+        if plan.total_bytes is not None and options.cache is None and parts.bank:
+            self._governor = govern(
+                needs,
+                plan,
+                self._streaming,
+                found_bytes=found_bytes,
+                left_bytes=whole.bank_bytes - plan.bank_bytes,
+            )
         # Finding routers takes up to a second: not where nothing could be read ahead.
-        if options.forecast and self._streaming.reads_ahead:
+        if wanted_forecast(options, chosen) and self._streaming.reads_ahead:
             self._streaming.foresee(find_forecasters(skeleton, config))
+        # Forecasters go on with the routers as they are.
+        if steerable:
+            prefer_resident(self._streaming, steerable, options.route_bias)
+            self.lossy += (f"route bias {options.route_bias:g}",)
+        self._remembered: RememberedBanks | None = None
+        if options.warm_start:
+            self._remembered = RememberedBanks(cache_folder() / WARM_START_FOLDER, store)
+            self._streaming.preload(self._remembered.read() or ())
 
     @classmethod
     def from_pretrained(
@@ -113,6 +199,8 @@ class FlashMoEModel:
         bits: int | None = None,
         group_size: int | None = None,
         resident_bits: int | None = None,
+        method: str | None = None,
+        recipe: str | Path | Recipe | None = None,
         revision: str | None = None,
         progress: Progress | None = None,
         **named: Any,
@@ -121,11 +209,12 @@ class FlashMoEModel:
 
         A store may be given as its path or as what `flashmoe.repack` returned. Checkpoints are
         repacked on first use into ~/.cache/flashmoe (`bits`, `group_size`, `resident_bits`,
-        `revision` and `progress` as in `flashmoe.repack`). The engine's options are those of
-        `flashmoe.Options`, as a whole or by name: `from_pretrained(path, memory="24GB")`.
+        `method`, `recipe`, `revision` and `progress` as in `flashmoe.repack`). The engine's
+        options are those of `flashmoe.Options`, as a whole or by name:
+        `from_pretrained(path, memory="24GB")`.
 
-        Raises SourceError, StoreError, OptionError, or MemoryBudgetError naming the least that
-        would fit.
+        Raises SourceError, StoreError, StoreInUseError, OptionError, or MemoryBudgetError naming
+        the least that would fit.
         """
         options = replace(options or Options(), **named)
         store = open_model(
@@ -133,6 +222,8 @@ class FlashMoEModel:
             bits=bits,
             group_size=group_size,
             resident_bits=resident_bits,
+            method=method,
+            recipe=recipe,
             revision=revision,
             progress=progress,
         )
@@ -145,8 +236,8 @@ class FlashMoEModel:
 
     @property
     def bank_bytes(self) -> int:
-        """Memory of all slots."""
-        return self.memory_plan.bank_bytes
+        """Memory of all slots, as it is now."""
+        return self.memory_plan.bank_bytes if self._governor is None else self._governor.bank_bytes
 
     def session(self) -> Session:
         """A conversation that keeps its KV cache between turns."""
@@ -156,6 +247,7 @@ class FlashMoEModel:
             self._stats,
             context=self.context,
             chunk=self.memory_plan.prompts.chunk_tokens,
+            before_step=self._governor.before_step if self._governor else None,
         )
 
     def stream(
@@ -201,6 +293,14 @@ class FlashMoEModel:
         """The totals themselves, which go on counting."""
         return self._stats
 
+    @property
+    def read_counters(self) -> ReadCounters:
+        """What the reader has read, and how long it was busy; raises FlashMoEError after
+        `close`."""
+        self._running()
+        assert self._reader is not None
+        return self._reader.counters
+
     def observe_routing(self, observer: Callable[[int, npt.NDArray[Any]], None] | None) -> None:
         """Have `observer(layer, experts)` called for every call of an MoE layer, None for nobody.
 
@@ -216,13 +316,23 @@ class FlashMoEModel:
             bank.check_integrity()
 
     def close(self) -> None:
-        """Give back files, threads and memory; closing twice is fine."""
-        if self._reader is not None:
-            self._reader.close()
+        """Give back files, threads and memory; closing twice is fine.
+
+        With `warm_start` it is also when the banks' experts are remembered, once some were used.
+        """
+        if self._streaming is not None:
+            self._streaming.stop_reading_ahead()
+            if self._remembered is not None and self._stats.bytes_demanded:
+                self._remembered.write([bank.by_value() for bank in self._streaming.banks])
+        for reader in (self._reader, self._sweep_reader):
+            if reader is not None:
+                reader.close()
         if self._streaming is not None:
             self._streaming.close()
-        self._reader = None
+        self._reader = self._sweep_reader = None
         self._streaming = None
+        self._governor = None
+        self._claim.release()
 
     def _running(self) -> StreamingModel:
         if self._streaming is None:
@@ -238,4 +348,15 @@ class FlashMoEModel:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if kind is not None and not issubclass(kind, KeyboardInterrupt):
+            # What a run that failed had in its banks is nothing to begin the next one with.
+            self._remembered = None
         self.close()
+
+
+def _find_choice(options: Options, store: Store) -> Choice:
+    """What decides what the user left open."""
+    if isinstance(options.tuned, Choice):
+        return options.tuned
+    tuning = TuningFile(cache_folder(), store).read() if options.tuned else None
+    return Choice() if tuning is None else tuning.choice

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import re
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -100,6 +104,26 @@ _V1 = _Files(
 )
 
 
+def memory_is_short() -> bool:
+    """Whether the system itself says so, as macOS does; elsewhere it never does."""
+    if sys.platform != "darwin":
+        return False
+    # 1 is normal, 2 a warning, 4 critical.
+    level = ctypes.c_int(1)
+    size = ctypes.c_size_t(ctypes.sizeof(level))
+    name = b"kern.memorystatus_vm_pressure_level"
+    sysctl = ctypes.CDLL(None).sysctlbyname
+    failed = sysctl(name, ctypes.byref(level), ctypes.byref(size), None, ctypes.c_size_t(0))
+    return failed == 0 and level.value > 1
+
+
+def release_freed_memory() -> None:
+    """Have the C library give back what it keeps of freed memory, where it can be told to."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def usable_cores() -> int:
     """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
@@ -130,3 +154,59 @@ def peak_resident_set_bytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a measurement holds for: the operating system up to its second number, the
+    processor, its cores, the memory, and the disk that a folder is on."""
+
+    system: str
+    processor: str
+    cores: int
+    memory_bytes: int
+    disk: str
+
+
+def describe(folder: Path) -> Machine:
+    """This machine, and the disk of `folder`, as far as the operating system names them."""
+    release = ".".join(re.findall(r"\d+", platform.release())[:2])
+    return Machine(
+        system=f"{platform.system()} {release} {platform.machine()}",
+        processor=_processor(),
+        cores=os.cpu_count() or 1,
+        memory_bytes=int(psutil.virtual_memory().total),
+        disk=_disk(folder.resolve()),
+    )
+
+
+def _processor() -> str:
+    if sys.platform == "darwin":
+        return f"{_sysctl(b'machdep.cpu.brand_string')} ({_sysctl(b'hw.model')})"
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    # On x86; elsewhere numbers tell processors apart.
+    found = re.findall(r"^(?:model name|CPU implementer|CPU part)\s*:\s*(.+)$", text, re.MULTILINE)
+    return ", ".join(sorted(set(found))) or platform.processor() or "unknown"
+
+
+def _sysctl(name: bytes) -> str:
+    """A text that macOS knows by this name."""
+    buffer = ctypes.create_string_buffer(256)
+    size = ctypes.c_size_t(len(buffer))
+    code = ctypes.CDLL(None).sysctlbyname(name, buffer, ctypes.byref(size), None, 0)
+    return "unknown" if code else buffer.value.decode(errors="replace")
+
+
+def _disk(folder: Path) -> str:
+    """Device, its model where Linux says it, file system and mount point of a folder."""
+    mounts = {Path(part.mountpoint): part for part in psutil.disk_partitions(all=True)}
+    mount = next((parent for parent in (folder, *folder.parents) if parent in mounts), None)
+    if mount is None:
+        return "unknown"
+    block = Path("/sys/class/block") / Path(mounts[mount].device).name
+    models = [block / "device/model", block / "../device/model"]
+    model = next((path.read_text().strip() for path in models if path.is_file()), "")
+    return " ".join(filter(None, (mounts[mount].device, model, mounts[mount].fstype, str(mount))))

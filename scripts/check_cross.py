@@ -110,7 +110,7 @@ def check_linux(target: str) -> str:
     emulator = find_emulator()
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "native_check"
-        extra = [ROOT / "tests" / "native_check.cpp"]
+        extra = [ROOT / "tests" / name for name in ("native_check.cpp", "attention_check.cpp")]
         compile_for(target, program, extra=extra, shared=False)
         done = subprocess.run(
             [*emulator, program, "neon"], text=True, capture_output=True, check=False

@@ -21,7 +21,7 @@ from places import save_places
 from sessions import resident_model
 from stores import folder_content, tiny_store, write_one_layer
 
-from flashmoe import FlashMoEModel, repack
+from flashmoe import FlashMoEModel, repack, tuning
 from flashmoe.cli.main import main
 from flashmoe.demo import DEMO_FOLDER
 from flashmoe.store.reader import Store
@@ -75,6 +75,14 @@ def hub(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setattr("flashmoe.checkpoint.hub.BACKOFF_SECONDS", 0.001)
     yield hub
     hub.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def untuned() -> Iterator[None]:
+    """What whoever runs the tests has tuned is of no concern to them."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tuning, "FOLDER", "tuning-of-tests")
+        yield
 
 
 # The demo model

@@ -8,50 +8,20 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <thread>
 #include <vector>
 
 #include "flashmoe_native.h"
+#include "native_check.h"
 
 namespace {
 
 // Of |x| |w|, for one output; and of the norm of the outputs of one pair.
 // An expert's outputs go through two products and an activation.
-constexpr double kTolerance = 3e-7, kRowTolerance = 2e-6, kExpertTolerance = 4e-6;
-
-uint32_t state = 1;
-uint32_t random_bits() { return state = state * 1664525u + 1013904223u; }
-float random_float() { return float(random_bits() >> 8) / 8388608.0f - 1.0f; }
-
-// Random bytes that end where an overrun is noticed: by the address sanitizer, or at a page that
-// nobody may touch.
-struct Buffer {
-  uint8_t* bytes;
-#ifdef __SANITIZE_ADDRESS__
-  explicit Buffer(int64_t size) : bytes(static_cast<uint8_t*>(malloc(size))) { fill(size); }
-  ~Buffer() { free(bytes); }
-#else
-  explicit Buffer(int64_t size) {
-    const int64_t page = sysconf(_SC_PAGESIZE), usable = (size + page - 1) / page * page;
-    mapped = usable + page;
-    start = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
-    bytes = static_cast<uint8_t*>(start) + (usable - size);
-    if (start == MAP_FAILED || mprotect(bytes + size, page, PROT_NONE) != 0) abort();
-    fill(size);
-  }
-  ~Buffer() { munmap(start, mapped); }
-  void* start;
-  int64_t mapped;
-#endif
-  Buffer(const Buffer&) = delete;
-  void fill(int64_t size) {
-    for (int64_t i = 0; i < size; ++i) bytes[i] = uint8_t(random_bits() >> 24);
-  }
-};
+constexpr double kTolerance = 3e-7, kRowTolerance = 2e-6, kExpertTolerance = 4e-6,
+                 kAttentionTolerance = 2e-6;
 
 int64_t bytes_of(int dtype) { return dtype == FM_F32 ? 4 : 2; }
 
@@ -367,7 +337,9 @@ int main(int argc, char** argv) {
            worst.output, worst.row);
     const double expert = experts_error();
     printf("%s routed experts, worst error %.1e of a row's norm\n", isa, expert);
-    good = good && expert < kExpertTolerance;
+    const double attention = attention_error();
+    printf("%s attention, worst error %.1e of the largest value\n", isa, attention);
+    good = good && expert < kExpertTolerance && attention < kAttentionTolerance;
   }
   // Callers from several threads take turns.
   fm_set_threads(3);

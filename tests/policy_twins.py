@@ -13,10 +13,13 @@ class Twin:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.history: list[int] = []
+        # The capacity at each use.
+        self.capacities: list[int] = []
         self.resident: list[int] = []
 
     def use(self, expert: int) -> None:
         self.history.append(expert)
+        self.capacities.append(self.capacity)
         if expert in self.resident:
             self.hit(expert)
         else:
@@ -28,6 +31,9 @@ class Twin:
         assert expert not in pinned
         self.resident.remove(expert)
         return expert
+
+    def resize(self, capacity: int) -> None:
+        self.capacity = capacity
 
     def hit(self, expert: int) -> None: ...
 
@@ -82,6 +88,13 @@ class SLRUTwin(Twin):
         else:
             self.protected.remove(expert)
         self.protected.append(expert)
+        self.let_fall()
+
+    def resize(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.let_fall()
+
+    def let_fall(self) -> None:
         while len(self.protected) > int(PROTECTED_SHARE * self.capacity):
             self.probation.append(self.protected.pop(0))
 
@@ -98,10 +111,21 @@ class S3FIFOTwin(Twin):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self.small_size = max(1, int(SMALL_SHARE * capacity))
         self.small: list[list[int]] = []
         self.main: list[list[int]] = []
         self.ghosts: list[int] = []
+
+    @property
+    def small_size(self) -> int:
+        return max(1, int(SMALL_SHARE * self.capacity))
+
+    def resize(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.trim_ghosts()
+
+    def trim_ghosts(self) -> None:
+        most = max(1, self.capacity - self.small_size)
+        self.ghosts = self.ghosts[-most:]
 
     def admit(self, expert: int) -> None:
         returned = expert in self.ghosts
@@ -130,8 +154,8 @@ class S3FIFOTwin(Twin):
             elif turn == "small" and uses >= USES_TO_STAY:
                 self.main.append([expert, 0])
             elif turn == "small":
-                most = max(1, self.capacity - self.small_size)
-                self.ghosts = [*self.ghosts, expert][-most:]
+                self.ghosts.append(expert)
+                self.trim_ghosts()
                 return expert
             elif uses == 0:
                 return expert
@@ -144,9 +168,10 @@ class LFUTwin(Twin):
     """Scores summed up anew over the whole history."""
 
     def score(self, expert: int) -> float:
-        life = HALF_LIFE * self.capacity
-        ages = [len(self.history) - when for when, e in enumerate(self.history) if e == expert]
-        return sum(2.0 ** (-age / life) for age in ages)
+        used = [when for when, e in enumerate(self.history) if e == expert]
+        # A use ages all uses up to it by a share of the half-life at that time.
+        ages = [sum(1 / (HALF_LIFE * c) for c in self.capacities[when:]) for when in used]
+        return sum(2.0**-age for age in ages)
 
     def choose(self, pinned: Collection[int]) -> int:
         return min((e for e in self.resident if e not in pinned), key=lambda e: (self.score(e), e))

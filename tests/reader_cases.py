@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from delaying import DelayingReader
 from readers import (
     FaultyReader,
     MemoryReader,
@@ -20,7 +21,7 @@ from flashmoe import native
 from flashmoe.io.files import uncached_problem
 from flashmoe.io.mapped import MmapReader
 from flashmoe.io.native import NativeReader
-from flashmoe.io.pieces import BLOCK_BYTES
+from flashmoe.io.pieces import BLOCK_BYTES, LARGEST_PIECE_BYTES
 from flashmoe.io.reader import Reader
 from flashmoe.io.threads import ThreadReader
 
@@ -50,7 +51,16 @@ PREADV_CASES = [
     for mode in MODES
     for wrapper in WRAPPERS
 ]
-FILE_CASES = [*PREADV_CASES, "mmap", *(f"faulty {name}" for name in (*POOLS, "mmap"))]
+# Pieces of the least size there is, and of more than anything has that is read here.
+PIECES = {"pieces of a block": BLOCK_BYTES, "no pieces": LARGEST_PIECE_BYTES}
+DEPTH_CASES = [f"{pool}, {mode}, {name}" for pool in POOLS for mode in MODES for name in PIECES]
+FILE_CASES = [
+    *PREADV_CASES,
+    *DEPTH_CASES,
+    "mmap",
+    *(f"mmap, {name}" for name in PIECES),
+    *(f"{kind} {name}" for kind in ("faulty", "delaying") for name in (*POOLS, "mmap")),
+]
 CASES = ["memory", *FILE_CASES]
 
 
@@ -77,14 +87,24 @@ class Case:
     def reader(self, bad_offset: int | None = None, threads: int = 4) -> Reader:
         if self.name == "memory":
             return MemoryReader(self.files, bad_offset)
-        if self.name == "mmap":
-            inner = MmapReader(threads)
+        pieces = PIECES.get(self.name.rpartition(", ")[2])
+        if self.name.startswith("mmap"):
+            inner = MmapReader(threads, pieces)
             return inner if bad_offset is None else FaultyReader(inner, 1, bad_offset)
         if self.name.startswith("faulty "):
             kind = self.name.removeprefix("faulty ")
             inner = MmapReader(threads) if kind == "mmap" else POOLS[kind](threads)
             return FaultyReader(inner, 2, bad_offset)
+        if self.name.startswith("delaying "):
+            named = self.name.removeprefix("delaying ")
+            inner = Case(named if named == "mmap" else f"{named}, cached", self.folder).reader(
+                bad_offset, threads
+            )
+            return DelayingReader(inner, bytes_per_second=1e9, delays=(0, 0, 0.0003, 0.001))
         pool, mode, *wrapper = self.name.split(", ")
+        if pieces is not None:
+            faulty = () if bad_offset is None else (broken_preadv(bad_offset),)
+            return POOLS[pool](threads, *faulty, page_cache=MODES[mode], piece_bytes=pieces)
         preadv = os.preadv if bad_offset is None else broken_preadv(bad_offset)
         if not wrapper and bad_offset is None:
             return POOLS[pool](threads, page_cache=MODES[mode])

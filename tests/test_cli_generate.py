@@ -5,13 +5,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pytest
 from answers import BARN, CAPITAL, CAPITAL_ANSWER, CAPITAL_TOKENS
 from commands import Result, Run
 
-from flashmoe.cli.console import AnswerReport
+from flashmoe.cli.console import AnswerReport, stats_lines
 from flashmoe.demo import DEMO_FOLDER
 from flashmoe.store.manifest import MANIFEST_NAME
 from flashmoe.store.reader import open_store
+from flashmoe.streaming.telemetry import Stats
 
 
 def ask(run: Run, *arguments: object, stdin: bytes = b"") -> dict[str, Any]:
@@ -23,7 +25,7 @@ def ask(run: Run, *arguments: object, stdin: bytes = b"") -> dict[str, Any]:
 def test_generate_text_and_stats(run_cli: Run, demo_store: Path) -> None:
     result = run_cli("generate", demo_store, "-p", CAPITAL, "--cache", "2MB", "--stats")
     assert (result.code, result.err) == (0, "")
-    answer, line, details = result.out.splitlines()
+    answer, line, details, *times = result.out.splitlines()
     assert answer == CAPITAL_ANSWER
     parts = re.fullmatch(
         r"6 tokens · [\d.]+ tok/s · first token [\d.]+ s · hit rate (\d+)% · "
@@ -40,6 +42,21 @@ def test_generate_text_and_stats(run_cli: Run, demo_store: Path) -> None:
     assert counts is not None, details
     assert int(counts[1]) > 0
     assert float(counts[2]) > 0
+    phases = (
+        r"attention and router (\d+)% · waiting for reads (\d+)% · experts (\d+)% · host (\d+)%"
+    )
+    for line, part in zip(times, ("prefill", "decode"), strict=True):
+        shares = re.fullmatch(rf"{part} [\d.]+ s: {phases}", line)
+        assert shares is not None, line
+        assert 98 <= sum(map(int, shares.groups())) <= 102
+
+
+def test_stats_of_a_forecast() -> None:
+    stats = Stats(guessed=8, guessed_right=6, unguessed=4, bytes_wasted=2_500_000)
+    assert stats_lines(stats)[2] == (
+        "8 records guessed · precision 75% · recall 60% · 2.50 MB read in vain"
+    )
+    assert len(stats_lines(Stats(unguessed=4))) == 2
 
 
 def test_generate_prints_no_stats_unasked(run_cli: Run, demo_store: Path) -> None:
@@ -65,6 +82,12 @@ def test_generate_json(run_cli: Run, demo_store: Path) -> None:
     assert stats["peak_memory_bytes"] > stats["bank_bytes"]
     assert stats["tokens_per_second"] > 0
     assert stats["seconds_to_first_token"] > 0
+    seconds = stats["seconds"]
+    for part in ("prefill", "decode"):
+        assert sum(seconds[f"in_{part}"].values()) == pytest.approx(seconds[part], rel=0.05)
+    # Records this small are never guessed for.
+    assert (stats["guessed"], stats["unguessed"], stats["bytes_wasted"]) == (0, 0, 0)
+    assert stats["forecast_precision"] is stats["forecast_recall"] is None
 
 
 def test_generate_is_the_same_with_any_cache(run_cli: Run, demo_store: Path) -> None:
@@ -132,11 +155,11 @@ def test_system_prompt_goes_first(run_cli: Run, demo_store: Path) -> None:
 
 def test_first_use_repacks_and_the_second_does_not(run_cli: Run, home: Path) -> None:
     first = ask(run_cli, "-p", CAPITAL)
-    stores = list((home / ".cache/flashmoe").iterdir())
+    stores = list((home / ".cache/flashmoe").glob("*.flashmoe"))
     assert len(stores) == 1
     manifest = stores[0] / MANIFEST_NAME
     written = manifest.stat().st_mtime_ns
     assert ask(run_cli, DEMO_FOLDER, "-p", CAPITAL)["tokens"] == first["tokens"] == CAPITAL_TOKENS
-    assert list((home / ".cache/flashmoe").iterdir()) == stores
+    assert list((home / ".cache/flashmoe").glob("*.flashmoe")) == stores
     assert manifest.stat().st_mtime_ns == written
     assert run_cli("verify", stores[0], "--json").json()["ok"] is True

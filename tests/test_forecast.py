@@ -159,9 +159,32 @@ def test_a_guess_that_fails_says_so_when_it_is_demanded(store: Store) -> None:
     assert_holds(bank, [1, 2])
 
 
-def test_a_prompt_brings_what_was_guessed(store: Store) -> None:
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_interrupt_loses_no_guess(
+    store: Store, which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reader = slow(store)
     bank, _ = make_bank(store, reader, n_slots=6)
+    bank.read_ahead([4, 5])
+    for ticket in reader.waiting:
+        ticket.end()
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reader.waiting[which], "wait", interrupted)
+        for call in (bank.acquire, bank.read_ahead):
+            with pytest.raises(KeyboardInterrupt):
+                call([1])
+            bank.check_integrity()
+    assert_holds(bank, [4, 5])
+    bank.check_integrity()
+
+
+def test_a_prompt_brings_what_was_guessed(store: Store) -> None:
+    reader = slow(store)
+    bank, stats = make_bank(store, reader, n_slots=6)
     bank.read_ahead([4])
     reader.waiting[0].begun = True
     other, _ = make_bank(store, memory_reader(store))
@@ -171,6 +194,45 @@ def test_a_prompt_brings_what_was_guessed(store: Store) -> None:
     reader.waiting[0].end()
     assert_holds(bank, [4, 1])
     bank.check_integrity()
+    assert (stats.bytes_read, stats.bytes_wasted) == (2 * STRIDE, STRIDE)
+
+
+def test_what_guesses_are_worth(store: Store) -> None:
+    bank, stats = make_bank(store, memory_reader(store), n_slots=5)
+    assert stats.forecast_recall is stats.forecast_precision is None
+
+    def demand(*experts: int) -> None:
+        with bank.request(experts, apart=True):
+            pass
+
+    bank.read_ahead([4, 1])
+    demand(4, 2, 3)
+    # 4 was guessed, 2 and 3 were not; whether 1 was read in vain is not known yet.
+    assert (stats.guessed, stats.guessed_right, stats.unguessed) == (2, 1, 2)
+    assert (stats.forecast_precision, stats.forecast_recall) == (1 / 2, 1 / 3)
+    assert stats.bytes_wasted == 0
+    # What is there is neither guessed nor missing.
+    demand(2, 3)
+    assert (stats.guessed_right, stats.unguessed) == (1, 2)
+    demand(5, 6, 7)
+    demand(0, 5, 6)
+    assert 1 not in bank.held()
+    assert stats.bytes_wasted == STRIDE
+    assert stats.bytes_read == STRIDE * (4 + 4)
+    # Batches that are read as one belong to prompts.
+    unguessed = stats.unguessed
+    bank.acquire([1, 2, 3])
+    assert stats.unguessed == unguessed
+
+
+def test_a_prompt_that_uses_a_guess(store: Store) -> None:
+    bank, stats = make_bank(store, memory_reader(store), n_slots=5)
+    bank.read_ahead([4, 1])
+    bank.acquire([2])
+    bank.use([4, 2])
+    assert stats.guessed_right == 1
+    bank.use([4, 1])
+    assert stats.guessed_right == 2
 
 
 def test_widened_records_are_not_read_ahead(store: Store) -> None:

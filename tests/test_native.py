@@ -26,6 +26,7 @@ from flashmoe.native import build, loader
 DTYPES = {"f32": mx.float32, "bf16": mx.bfloat16, "f16": mx.float16}
 AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
 N_SLOTS = 5
+CHECKS = ("native_check.cpp", "attention_check.cpp")
 # Of the row norm: a row is one pair's outputs.
 TOLERANCE = 2e-6
 
@@ -330,8 +331,8 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
         return
     program = tmp_path / "native_check"
     flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    check = Path(__file__).with_name("native_check.cpp")
-    build.build_library(program, flags=flags, extra=[check], shared=False)
+    checks = [Path(__file__).with_name(name) for name in CHECKS]
+    build.build_library(program, flags=flags, extra=checks, shared=False)
     done = subprocess.run(
         [program], capture_output=True, text=True, check=False, env=QUIET_SANITIZERS
     )

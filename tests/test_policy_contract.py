@@ -41,6 +41,18 @@ def take_step(policy: Policy, resident: set[int], step: list[int]) -> list[int]:
     return victims
 
 
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_ranked_is_the_order_of_eviction_backwards(name: str) -> None:
+    policy = make_policy(name, 6)
+    resident: set[int] = set()
+    for step in steps(5, 60, N_EXPERTS, 2):
+        take_step(policy, resident, step)
+    ranked = policy.ranked()
+    assert set(ranked) == resident
+    assert ranked == policy.ranked()
+    assert [policy.victim(()) for _ in range(6)] == ranked[::-1]
+
+
 @pytest.mark.parametrize("capacity", [2, 3, 5, 8, 11])
 @pytest.mark.parametrize("name", POLICY_NAMES)
 def test_as_its_twin(name: str, capacity: int) -> None:
@@ -55,6 +67,48 @@ def test_as_its_twin(name: str, capacity: int) -> None:
             evicted += len(victims)
         assert {expert for expert in range(N_EXPERTS) if expert in policy} == of_policy
     assert evicted > 40
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_as_its_twin_through_changes_of_size(name: str) -> None:
+    draw = random.Random(5)
+    evicted = 0
+    for seed in range(6):
+        policy, twin = make_policy(name, 5), TWINS[name](5)
+        of_policy: set[int] = set()
+        of_twin: set[int] = set()
+        for number, step in enumerate(steps(seed, 200, N_EXPERTS, 2)):
+            if number % 20 == 19:
+                capacity = draw.randint(2, 11)
+                for _ in range(len(of_policy) - capacity):
+                    victim = policy.victim(set())
+                    assert victim == twin.victim(set())
+                    of_policy.remove(victim)
+                    of_twin.remove(victim)
+                policy.resize(capacity)
+                twin.resize(capacity)
+                assert policy.capacity == capacity
+            victims = take_step(policy, of_policy, step)
+            assert victims == take_step(twin, of_twin, step)
+            evicted += len(victims)
+        assert {expert for expert in range(N_EXPERTS) if expert in policy} == of_policy
+    assert evicted > 100
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_sizes_that_are_refused(name: str) -> None:
+    policy = make_policy(name, 4)
+    for expert in (0, 1, 2):
+        policy.use(expert)
+    with pytest.raises(ValueError, match="3 experts are resident, more than 2 slots"):
+        policy.resize(2)
+    assert policy.capacity == 4
+    policy.resize(3)
+    for _ in range(3):
+        policy.victim(set())
+    with pytest.raises(ValueError, match="at least 1 slot"):
+        policy.resize(0)
+    assert policy.capacity == 3
 
 
 @pytest.mark.parametrize("name", POLICY_NAMES)

@@ -12,9 +12,9 @@ import pytest
 from disk import open_descriptors
 from reader_cases import CONTENT, FILE_CASES, POOLS, Case, buffers_of, joined
 
-from flashmoe.errors import ReadError
+from flashmoe.errors import OptionError, ReadError
 from flashmoe.io.mapped import MmapReader
-from flashmoe.io.pieces import MOST_PIECE_BYTES, cut, piece_bytes
+from flashmoe.io.pieces import MOST_PIECE_BYTES, Depth, cut
 from flashmoe.io.reader import ReadRequest
 
 
@@ -160,12 +160,48 @@ def test_a_large_request_is_read_in_pieces(tmp_path, pool):
     assert max(size for _, size in calls) - min(size for _, size in calls) <= 8192
 
 
+@pytest.mark.parametrize(("piece_bytes", "calls"), [(100_000, 4), (399_999, 2), (400_000, 1)])
+def test_pieces_are_as_large_as_said(tmp_path, pool, piece_bytes, calls):
+    (tmp_path / "a").write_bytes(bytes(800_000))
+    sizes = []
+
+    def preadv(descriptor, buffers, offset):
+        sizes.append(sum(len(buffer) for buffer in buffers))
+        return os.preadv(descriptor, buffers, offset)
+
+    with contextlib.closing(pool(3, preadv, piece_bytes=piece_bytes)) as reader:
+        requests = [ReadRequest(tmp_path / "a", i, buffers_of(400_000)) for i in (0, 400_000)]
+        reader.submit(requests).wait()
+    assert len(sizes) == 2 * calls
+    assert sum(sizes) == 800_000
+
+
+@pytest.mark.parametrize(
+    ("threads", "piece_bytes", "words"),
+    [
+        (0, None, "1 to 256 threads, not 0"),
+        (-1, None, "1 to 256 threads, not -1"),
+        (257, None, "1 to 256 threads, not 257"),
+        (8, 0, "4096 to 1073741824 bytes, not 0"),
+        (8, 4095, "bytes, not 4095"),
+        (8, 2**30 + 1, "bytes, not 1073741825"),
+    ],
+)
+@pytest.mark.parametrize("kind", [*POOLS.values(), MmapReader])
+def test_depths_out_of_range(kind, threads, piece_bytes, words):
+    with pytest.raises(OptionError, match=words):
+        kind(threads, piece_bytes=piece_bytes)
+
+
 def test_cutting():
-    assert piece_bytes(10**8, 8) == MOST_PIECE_BYTES
-    assert piece_bytes(10**5, 8) == 131_072
-    assert piece_bytes(8 * 500_000, 8) == 500_000
+    assert Depth(8).piece_of(10**8) == MOST_PIECE_BYTES
+    assert Depth(8).piece_of(10**5) == 131_072
+    assert Depth(8).piece_of(8 * 500_000) == 500_000
+    assert Depth(8, 4096).piece_of(10**8) == 4096
+    assert Depth(8, 2**30).piece_of(1) == 2**30
     assert cut(0, 0, 4096) == []
     assert cut(5, 6, 131_072) == [(5, 6)]
+    assert cut(1, 9001, 4096) == [(1, 4096), (4096, 9001)]
     assert cut(4096, 4096 + 131_072, 131_072) == [(4096, 135_168)]
     assert cut(100, 400_000, 131_072) == [
         (100, 98_304),

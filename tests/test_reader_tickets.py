@@ -74,6 +74,17 @@ class TestPriority:
             ticket.wait()
         assert gate.offsets == [0, 5, 6, 7, 8, 1, 2, 3, 4]
 
+    def test_forecast_overtakes_waiting_preloads(self, reader, gate, requests):
+        first = reader.submit(requests[:2], Priority.PRELOAD)
+        gate.reached.wait(10)
+        more = reader.submit(requests[2:4], Priority.PRELOAD)
+        forecast = reader.submit(requests[4:6], Priority.FORECAST)
+        demand = reader.submit(requests[6:7])
+        gate.open.set()
+        for ticket in (first, more, forecast, demand):
+            ticket.wait()
+        assert gate.offsets == [0, 6, 4, 5, 1, 2, 3]
+
     def test_demand_overtakes_the_pieces_of_a_large_forecast(self, reader, gate, tmp_path):
         path = tmp_path / "large"
         path.write_bytes(bytes(4 << 20))
@@ -144,7 +155,7 @@ class TestCancel:
             ticket.wait()
 
     def test_draining_waits_for_what_runs(self, reader, gate, requests):
-        tickets = [reader.submit([request], Priority(i % 2)) for i, request in enumerate(requests)]
+        tickets = [reader.submit([request], Priority(i % 3)) for i, request in enumerate(requests)]
         gate.reached.wait(10)
         threading.Timer(0.1, gate.open.set).start()
         reader.drain()

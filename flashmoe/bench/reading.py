@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,9 @@ from flashmoe.streaming.slots import SlotMemory
 # Far more than the processor's caches hold, as a bank is.
 SLOTS_BYTES = 256 * 2**20
 NATIVE, PYTHON, MMAP = "native pread", "Python pread", "mmap"
+
+# Batches of records as (path, offset), every record of the files at most once.
+Order = Callable[[RecordFiles, int, random.Random], Iterator[list[tuple[Path, int]]]]
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,15 @@ def read_for(
     opener: Callable[[], Reader],
     destinations: Destinations,
     draw: random.Random,
+    *,
+    order: Order = shuffled_batches,
+    apart: bool = False,
 ) -> Reading:
-    """Read random batches for that long.
+    """Read batches for that long, random ones by default.
 
-    The page cache is emptied first, and again, the clock stopped, whenever every record has
-    been read. Raises ReadError when a record cannot be read.
+    With `apart` each record is submitted as a batch of its own. The page cache is emptied
+    first, and again, the clock stopped, whenever every record has been read. Raises
+    ReadError when a record cannot be read.
     """
     elapsed = 0.0
     passes = []
@@ -86,21 +93,20 @@ def read_for(
         with closing(opener()) as reader:
             reader.submit([ReadRequest(path, 0, []) for path in files.paths]).wait()
             before = reader.counters
-            elapsed += _pass(reader, files, batch, destinations, draw, seconds - elapsed)
+            batches = list(order(files, batch, draw))
+            elapsed += _pass(reader, batches, destinations, seconds - elapsed, apart)
             passes.append(_since(reader.counters, before))
     return Reading(elapsed, add_counters(passes))
 
 
 def _pass(
     reader: Reader,
-    files: RecordFiles,
-    batch: int,
+    batches: Sequence[Sequence[tuple[Path, int]]],
     destinations: Destinations,
-    draw: random.Random,
     seconds: float,
+    apart: bool,
 ) -> float:
-    """Read every record once, or as many as fit into `seconds`; returns the seconds it took."""
-    batches: list[list[tuple[Path, int]]] = list(shuffled_batches(files, batch, draw))
+    """Read all batches, or as many as fit into `seconds`; returns the seconds it took."""
     started = time.perf_counter()
     for places in batches:
         slots = destinations.take(len(places))
@@ -108,7 +114,9 @@ def _pass(
             ReadRequest(path, offset, scatter)
             for (path, offset), scatter in zip(places, slots, strict=True)
         ]
-        reader.submit(requests).wait()
+        parts = [[request] for request in requests] if apart else [requests]
+        for ticket in [reader.submit(part) for part in parts]:
+            ticket.wait()
         if time.perf_counter() - started >= seconds:
             break
     return time.perf_counter() - started

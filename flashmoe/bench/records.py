@@ -79,6 +79,18 @@ def shuffled_batches(
         yield rest[i : i + size]
 
 
+def ordered_batches(
+    files: RecordFiles, size: int, draw: random.Random
+) -> Iterator[list[tuple[Path, int]]]:
+    """Batches of `size` records that follow one another in a file, as (path, offset), in random
+    order; every record at most once, a file's last ones left out when they are fewer."""
+    starts = range(0, files.per_file - size + 1, size)
+    batches = [(path, start) for path in files.paths for start in starts]
+    draw.shuffle(batches)
+    for path, start in batches:
+        yield [(path, files.offset(number)) for number in range(start, start + size)]
+
+
 def evict(paths: Sequence[Path]) -> bool:
     """Drop clean pages of these files from the page cache; False where only root could (macOS)."""
     if not hasattr(os, "posix_fadvise"):

@@ -64,6 +64,8 @@ def chat(
             f"{format_size(manifest.streamed_bytes)} of experts on disk, {slots} of {experts} "
             f"fit the bank of {format_size(loaded.bank_bytes)}; /help for commands"
         )
+        if loaded.lossy:
+            print_dim(f"lossy: {', '.join(loaded.lossy)}; answers are not the model's own")
         talk = _Conversation(loaded, sampling, system, not no_template, max_tokens, stats)
         with _line_editing() as save_history:
             while talk.turn():
@@ -118,7 +120,7 @@ class _Conversation:
         return True
 
     def _command(self, line: str) -> None:
-        from flashmoe.cli.console import print_dim
+        from flashmoe.cli.console import print_dim, stats_lines
         from flashmoe.units import format_size
 
         if line == "/help":
@@ -128,22 +130,19 @@ class _Conversation:
             print_dim("conversation forgotten")
         elif line == "/stats":
             stats = self._model.stats()
-            seconds = stats.seconds
             print_dim(
                 f"{stats.prompt_tokens} prompt tokens · {stats.tokens} generated · "
                 f"{stats.hits} hits · {stats.misses} misses · hit rate {stats.hit_rate:.0%} · "
                 f"{format_size(stats.bytes_read)} read of "
                 f"{format_size(stats.bytes_demanded)} demanded"
             )
-            print_dim(
-                f"prefill {seconds.prefill:.1f} s · decode {seconds.decode:.1f} s · of both: "
-                f"reading {seconds.reading:.1f} s · computing {seconds.computing:.1f} s"
-            )
+            for line in stats_lines(stats):
+                print_dim(line)
         else:
             print(f"{line} is no command\n{HELP}")
 
     def _answer(self, line: str) -> None:
-        from flashmoe.cli.console import AnswerReport, late_progress, print_dim
+        from flashmoe.cli.console import AnswerReport, late_progress, print_dim, stats_lines
 
         question = {"role": "user", "content": line}
         prompt: Any = [*self._messages, question] if self._template else self._transcript + line
@@ -168,10 +167,12 @@ class _Conversation:
         print(" (stopped)" if stopped else "")
         self._messages += [question, {"role": "assistant", "content": text}]
         self._transcript += f"{line}{text}\n"
-        report = AnswerReport.of(self._model, self._model.stats().since(before), first_token)
+        spent = self._model.stats().since(before)
+        report = AnswerReport.of(self._model, spent, first_token)
         print_dim(report.line())
         if self._show_details:
-            print_dim(report.details())
+            for line in (report.details(), *stats_lines(spent)):
+                print_dim(line)
 
 
 @contextlib.contextmanager

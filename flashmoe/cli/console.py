@@ -17,7 +17,8 @@ from flashmoe.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from flashmoe.engine import FlashMoEModel
-    from flashmoe.streaming.telemetry import Stats
+    from flashmoe.phases import Phases
+    from flashmoe.streaming.telemetry import Seconds, Stats
 
 # Where there is no terminal, lines are as long as they are.
 WIDTH_OF_PIPES = 200
@@ -98,9 +99,40 @@ def late_progress(title: str, quiet: bool = False) -> Iterator[Callable[[int, in
         bar.stop()
 
 
+def stats_lines(stats: Stats) -> list[str]:
+    """Where the time went, and how well records were guessed if any were."""
+    seconds = stats.seconds
+    lines = [
+        _time_line("prefill", seconds.prefill, seconds.in_prefill),
+        _time_line("decode", seconds.decode, seconds.in_decode),
+    ]
+    precision, recall = stats.forecast_precision, stats.forecast_recall
+    if precision is not None and recall is not None:
+        lines.append(
+            f"{stats.guessed} records guessed · precision {precision:.0%} · recall {recall:.0%} · "
+            f"{format_size(stats.bytes_wasted)} read in vain"
+        )
+    return lines
+
+
+def _time_line(name: str, seconds: float, phases: Phases) -> str:
+    parts = {
+        "attention and router": phases.computing,
+        "waiting for reads": phases.reading,
+        "experts": phases.experts,
+        "host": phases.host,
+    }
+    whole = phases.total or 1.0
+    each = " · ".join(f"{part} {spent / whole:.0%}" for part, spent in parts.items())
+    return f"{name} {seconds:.2f} s: {each}"
+
+
 @dataclass(frozen=True)
 class AnswerReport:
-    """What one answer took; sizes in bytes, times in seconds."""
+    """What one answer took; sizes in bytes, times in seconds.
+
+    `seconds` and the figures of the forecast are those of `Stats`, `lossy` is the model's.
+    """
 
     prompt_tokens: int
     tokens: int
@@ -112,8 +144,18 @@ class AnswerReport:
     bytes_read: int
     bytes_demanded: int
     bytes_read_per_token: float
+    preloaded: int
+    preloaded_used: int
     bank_bytes: int
     peak_memory_bytes: int
+    guessed: int
+    guessed_right: int
+    unguessed: int
+    forecast_precision: float | None
+    forecast_recall: float | None
+    bytes_wasted: int
+    seconds: Seconds
+    lossy: tuple[str, ...]
 
     @classmethod
     def of(cls, model: FlashMoEModel, stats: Stats, first_token: float) -> AnswerReport:
@@ -131,8 +173,18 @@ class AnswerReport:
             bytes_read=stats.bytes_read,
             bytes_demanded=stats.bytes_demanded,
             bytes_read_per_token=stats.bytes_read / fed,
+            preloaded=stats.preloaded,
+            preloaded_used=stats.preloaded_used,
             bank_bytes=model.bank_bytes,
             peak_memory_bytes=machine.peak_resident_set_bytes(),
+            guessed=stats.guessed,
+            guessed_right=stats.guessed_right,
+            unguessed=stats.unguessed,
+            forecast_precision=stats.forecast_precision,
+            forecast_recall=stats.forecast_recall,
+            bytes_wasted=stats.bytes_wasted,
+            seconds=stats.seconds,
+            lossy=model.lossy,
         )
 
     def line(self) -> str:
@@ -145,11 +197,16 @@ class AnswerReport:
         )
 
     def details(self) -> str:
-        """The line that --stats adds."""
-        return (
+        """The first line that --stats adds."""
+        line = (
             f"{self.prompt_tokens} prompt tokens · {self.hits} hits · {self.misses} misses · "
             f"{format_size(self.bytes_read)} read of {format_size(self.bytes_demanded)} demanded"
         )
+        if self.preloaded:
+            line += f" · {self.preloaded_used} of {self.preloaded} preloaded experts used"
+        if self.lossy:
+            line += f" · lossy: {', '.join(self.lossy)}"
+        return line
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -45,7 +45,7 @@ def generate(
     if prompt is None:
         raise typer.BadParameter("give a prompt with -p TEXT, or -p - for standard input")
     text = _read_stdin() if prompt == "-" else prompt
-    from flashmoe.cli.console import AnswerReport, late_progress, print_dim, print_json
+    from flashmoe.cli.console import AnswerReport, late_progress, print_dim, print_json, stats_lines
     from flashmoe.generation.session import Sampling, check_max_tokens
 
     check_max_tokens(max_tokens)
@@ -73,7 +73,8 @@ def generate(
             # Also when it is cut short: whatever is said next starts on a line of its own.
             if pieces and not json:
                 print()
-        report = AnswerReport.of(loaded, loaded.stats(), first_token)
+        spent = loaded.stats()
+        report = AnswerReport.of(loaded, spent, first_token)
     if json:
         print_json(
             {
@@ -86,7 +87,8 @@ def generate(
         return
     if stats:
         print_dim(report.line())
-        print_dim(report.details())
+        for line in (report.details(), *stats_lines(spent)):
+            print_dim(line)
 
 
 def _read_stdin() -> str:

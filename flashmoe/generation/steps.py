@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,8 @@ from flashmoe.streaming.telemetry import Stats
 
 Sampler = Callable[[mx.array], mx.array]
 Progress = Callable[[int, int], None]
+# Told before tokens are fed: how many are known, how many come, and the bytes that caches have.
+BeforeStep = Callable[[int, int, Callable[[], int]], None]
 
 
 class TokenState:
@@ -26,11 +27,18 @@ class TokenState:
     notices and starts anew the next time it is used.
     """
 
-    def __init__(self, model: nn.Module, stats: Stats, chunk: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        stats: Stats,
+        chunk: int,
+        before_step: BeforeStep | None = None,
+    ) -> None:
         self.ids: list[int] = []
         self._model = model
         self._stats = stats
         self._chunk = chunk
+        self._before_step = before_step
         self._cache: list[Any] = make_prompt_cache(model)
         self._output_layers = output_layers(model)
         self._n_layers = sum(isinstance(m, StreamedExperts) for m in model.modules())
@@ -76,15 +84,21 @@ class TokenState:
             progress(len(ids), len(ids))
         return logits
 
+    def held_bytes(self) -> int:
+        """Memory of the caches."""
+        arrays = (getattr(cache, "state", None) for cache in _flatten(self._cache))
+        return sum(array.nbytes for array in _arrays(list(arrays)))
+
     def _forward(self, ids: Sequence[int], *, logits: bool) -> mx.array:
+        if self._before_step is not None:
+            self._before_step(len(self.ids), len(ids), self.held_bytes)
         self._torn = True
         # Before the last token only the caches matter: the LM head is never computed.
         with left_lazy(() if logits else self._output_layers):
             out: mx.array = self._model(mx.array([ids], mx.int32), cache=self._cache)[0, -1]
-        started = time.perf_counter()
         state = [layer.state for layer in self._cache]
-        mx.eval(state, out) if logits else mx.eval(state)
-        self._stats.seconds.computing += time.perf_counter() - started
+        with self._stats.clock.during("computing"):
+            mx.eval(state, out) if logits else mx.eval(state)
         self.ids.extend(ids)
         self._torn = False
         return out
@@ -125,6 +139,14 @@ def _flatten(caches: Sequence[Any]) -> Iterator[Any]:
             yield from _flatten(inner)
 
 
+def _arrays(tree: Any) -> Iterator[mx.array]:
+    if isinstance(tree, mx.array):
+        yield tree
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from _arrays(item)
+
+
 def generate_tokens(
     state: TokenState,
     ids: Sequence[int],
@@ -140,28 +162,26 @@ def generate_tokens(
 
     What `state` has already consumed of `ids` is not fed again.
     """
-    started = time.perf_counter()
-    known = state.rewind_to_prefix_of(ids)
-    logits = state.feed(ids[known:], progress, should_stop)
-    stats.prompt_tokens += len(state.ids) - known
-    stats.seconds.prefill += time.perf_counter() - started
+    with stats.generating("prefill"):
+        known = state.rewind_to_prefix_of(ids)
+        logits = state.feed(ids[known:], progress, should_stop)
+        stats.prompt_tokens += len(state.ids) - known
     for count in range(1, max_tokens + 1):
         if logits is None or should_stop():
             return
-        started = time.perf_counter()
-        token = _sample(logits, sampler)
-        stats.tokens += 1
-        stats.seconds.decode += time.perf_counter() - started
+        with stats.generating("decode"):
+            token = _sample(logits, sampler, stats)
+            stats.tokens += 1
         yield token
         if token in stop_ids or count == max_tokens or should_stop():
             return
-        started = time.perf_counter()
-        logits = state.feed([token])
-        stats.seconds.decode += time.perf_counter() - started
+        with stats.generating("decode"):
+            logits = state.feed([token])
 
 
-def _sample(logits: mx.array, sampler: Sampler) -> int:
+def _sample(logits: mx.array, sampler: Sampler, stats: Stats) -> int:
     logits = logits.astype(mx.float32)
     logprobs = logits - mx.logsumexp(logits)
-    token: Any = sampler(logprobs[None]).item()
-    return int(token)
+    token: Any = sampler(logprobs[None])
+    with stats.clock.during("computing"):
+        return int(token.item())

@@ -40,8 +40,8 @@ class MmapReader(PooledReader):
     elsewhere the counters are those of the whole process since the reader was opened.
     """
 
-    def __init__(self, threads: int = DEFAULT_THREADS) -> None:
-        super().__init__(OpenFiles(), threads)
+    def __init__(self, threads: int = DEFAULT_THREADS, piece_bytes: int | None = None) -> None:
+        super().__init__(OpenFiles(), threads, piece_bytes)
         self._mappings: dict[Path, _Mapping] = {}
         self._guard = threading.Lock()
         self._faults = (0, 0)

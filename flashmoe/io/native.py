@@ -10,7 +10,8 @@ from typing import Any
 
 from flashmoe.errors import ReadCancelled, ReadError
 from flashmoe.io.files import OpenFiles
-from flashmoe.io.pieces import DEFAULT_THREADS
+from flashmoe.io.lanes import Lane
+from flashmoe.io.pieces import DEFAULT_THREADS, Depth
 from flashmoe.io.reader import Priority, ReadCounters, Reader, ReadRequest, Ticket
 from flashmoe.io.transfer import Preadv
 from flashmoe.native.reader import (
@@ -32,11 +33,11 @@ _FOREIGN = 1 << 20
 
 
 class NativeReader(Reader):
-    """Batches are read by `threads` threads of the native library.
+    """Batches are read by `threads` threads of the native library, in pieces as `Depth` says.
 
     Without `page_cache` files are read past the page cache, wherever the buffers lie.
     `preadv(fd, buffers, offset) -> bytes read` takes the system's place to inject faults.
-    Raises OptionError where the library is not there.
+    Raises OptionError where the library is not there, and for numbers out of range.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class NativeReader(Reader):
         preadv: Preadv | None = None,
         *,
         page_cache: bool = True,
+        piece_bytes: int | None = None,
     ) -> None:
+        depth = Depth(threads, piece_bytes)
         self._library = library()
         self._files = OpenFiles(page_cache)
         self._lock = threading.Lock()
@@ -55,7 +58,9 @@ class NativeReader(Reader):
         # Batches that may still be written to: their buffers have to stay.
         self._running: set[NativeTicket] = set()
         self._last_counters = ReadCounters()
-        self._handle: Any = self._library.fm_reader_open(threads, not page_cache, self._callback)
+        self._handle: Any = self._library.fm_reader_open(
+            depth.threads, depth.piece_bytes or 0, not page_cache, self._callback
+        )
         if self._handle is None:
             raise MemoryError("no memory for a reader")
 
@@ -66,8 +71,22 @@ class NativeReader(Reader):
                 self._last_counters = self._count()
             return self._last_counters
 
+    def lane(self, depth: Depth) -> Reader:
+        with self._lock:
+            if self._handle is None:
+                raise ReadError("-", 0, "the reader is closed")
+            number = self._library.fm_reader_add_lane(
+                self._handle, depth.threads, depth.piece_bytes or 0
+            )
+        if number < 0:
+            raise MemoryError("no memory for a lane")
+        return Lane(self, number)
+
     def submit(
-        self, requests: Sequence[ReadRequest], priority: Priority = Priority.DEMAND
+        self,
+        requests: Sequence[ReadRequest],
+        priority: Priority = Priority.DEMAND,
+        lane: int = 0,
     ) -> NativeTicket:
         opened = [self._files.descriptor(request.path, request.offset) for request in requests]
         reads: Any = (FmRead * len(requests))()
@@ -86,7 +105,7 @@ class NativeReader(Reader):
             ticket = NativeTicket(self, requests)
             # Before anything can be written; an interrupted call leaves it there for good.
             self._running.add(ticket)
-            ticket.begin(self._handle, reads, priority)
+            ticket.begin(self._handle, reads, priority, lane)
         return ticket
 
     def wait_any(self, tickets: Sequence[Ticket]) -> int:
@@ -173,11 +192,11 @@ class NativeTicket(Ticket):
         self._requests = tuple(requests)
         self._handle = ctypes.c_void_p()
 
-    def begin(self, reader: Any, reads: Any, priority: Priority) -> None:
+    def begin(self, reader: Any, reads: Any, priority: Priority, lane: int) -> None:
         """Queue the batch."""
         # The library fills the handle in, so that an interrupt cannot lose it.
         code = self._library.fm_reader_submit(
-            reader, reads, len(reads), priority, ctypes.byref(self._handle)
+            reader, reads, len(reads), priority, lane, ctypes.byref(self._handle)
         )
         if code != OK:
             self._reader.ended(self)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flashmoe import native
@@ -10,11 +10,25 @@ from flashmoe.errors import OptionError
 from flashmoe.io.files import uncached_problem
 from flashmoe.io.mapped import MmapReader
 from flashmoe.io.native import NativeReader
-from flashmoe.io.pieces import DEFAULT_THREADS
+from flashmoe.io.pieces import DEFAULT_THREADS, Depth
 from flashmoe.io.reader import Reader
 from flashmoe.io.threads import ThreadReader
 
 AUTO = "pread"
+
+
+@dataclass(frozen=True)
+class ReadSettings:
+    """A reader by name, and how deep it reads.
+
+    Raises OptionError for a reader that does not exist.
+    """
+
+    reader: str = "auto"
+    depth: Depth = field(default_factory=Depth)
+
+    def __post_init__(self) -> None:
+        resolve_reader(self.reader)
 
 
 @dataclass(frozen=True)
@@ -57,15 +71,16 @@ def resolve_reader(name: str = "auto", page_cache: bool | None = None) -> str:
     return chosen
 
 
-def open_reader(
-    name: str = "auto", *, page_cache: bool = True, threads: int = DEFAULT_THREADS
-) -> Reader:
-    """The reader of that name; raises OptionError as `resolve_reader` does."""
-    if resolve_reader(name, page_cache) == "mmap":
-        return MmapReader(threads)
-    if native.available() is None:
-        return NativeReader(threads, page_cache=page_cache)
-    return ThreadReader(threads, page_cache=page_cache)
+def open_reader(settings: ReadSettings | str = "auto", *, page_cache: bool = True) -> Reader:
+    """The reader of these settings, or of that name; raises OptionError as `resolve_reader`
+    does."""
+    if isinstance(settings, str):
+        settings = ReadSettings(settings)
+    threads, piece_bytes = settings.depth.threads, settings.depth.piece_bytes
+    if resolve_reader(settings.reader, page_cache) == "mmap":
+        return MmapReader(threads, piece_bytes)
+    kind = NativeReader if native.available() is None else ThreadReader
+    return kind(threads, page_cache=page_cache, piece_bytes=piece_bytes)
 
 
 def choose_page_cache(

@@ -14,6 +14,7 @@ from flashmoe.io.transfer import EndOfFile, FailedRead, Preadv, Transfer
 class ThreadReader(PooledReader):
     """One preadv per piece, continued after short reads, `threads` pieces at a time.
 
+    Pieces are cut as `Depth` says; raises OptionError for numbers out of range.
     Without `page_cache` files are read past the page cache, wherever the buffers lie.
     `preadv(fd, buffers, offset) -> bytes read` can be replaced to inject faults.
     """
@@ -24,8 +25,9 @@ class ThreadReader(PooledReader):
         preadv: Preadv = os.preadv,
         *,
         page_cache: bool = True,
+        piece_bytes: int | None = None,
     ) -> None:
-        super().__init__(OpenFiles(page_cache), threads)
+        super().__init__(OpenFiles(page_cache), threads, piece_bytes)
         self._preadv = preadv
         self._page_cache = page_cache
 

@@ -17,9 +17,12 @@ import numpy as np
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 
 from flashmoe import native
+from flashmoe.phases import PhaseClock
 
 # Smaller layers stay with MLX: leaving and re-entering its graph costs more than they take.
 LEAST_WEIGHTS = 1 << 17
+# For fewer rows it does not pay to unpack and turn round a matrix that lies the other way.
+LEAST_TURNED_ROWS = 32
 
 
 class NativeLinear(nn.Linear):
@@ -27,7 +30,7 @@ class NativeLinear(nn.Linear):
 
     def __call__(self, x: mx.array) -> mx.array:
         if self._native and x.dtype == mx.float32:
-            return _with_bias(self, _product(self._matrix, x))
+            return _with_bias(self, _product(self, x))
         y: mx.array = super().__call__(x)
         return y
 
@@ -37,7 +40,7 @@ class NativeQuantizedLinear(nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         if self._native and x.dtype == mx.float32:
-            return _with_bias(self, _product(self._matrix, x))
+            return _with_bias(self, _product(self, x))
         y: mx.array = super().__call__(x)
         return y
 
@@ -47,7 +50,7 @@ class NativeEmbedding(nn.Embedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         if self._native and x.dtype == mx.float32:
-            return _product(self._matrix, x)
+            return _product(self, x)
         y: mx.array = super().as_linear(x)
         return y
 
@@ -57,7 +60,7 @@ class NativeQuantizedEmbedding(nn.QuantizedEmbedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         if self._native and x.dtype == mx.float32:
-            return _product(self._matrix, x)
+            return _product(self, x)
         y: mx.array = super().as_linear(x)
         return y
 
@@ -65,12 +68,12 @@ class NativeQuantizedEmbedding(nn.QuantizedEmbedding):
 class NativeMultiLinear(MultiLinear):
     """mlx-lm's `MultiLinear`, a matrix per head: x [..., heads, n, cols] -> [..., heads, n, rows].
 
-    Evaluates `x`; the transposed product goes to mlx.
+    Evaluates `x`. The transposed product, rows -> cols, goes to mlx for few rows of `x`.
     """
 
     def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
-        if transpose and self._native and x.dtype == mx.float32:
-            return _product_per_head(self._matrix, x)
+        if _is_native_per_head(self, x, transpose):
+            return _product_per_head(self, x, transpose, self["weight"])
         y: mx.array = super().__call__(x, transpose)
         return y
 
@@ -79,8 +82,20 @@ class NativeQuantizedMultiLinear(QuantizedMultiLinear):
     """mlx-lm's `QuantizedMultiLinear`; see `NativeMultiLinear`."""
 
     def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
-        if transpose and self._native and x.dtype == mx.float32:
-            return _product_per_head(self._matrix, x)
+        if _is_native_per_head(self, x, transpose):
+            floats = (
+                None
+                if transpose
+                else mx.dequantize(
+                    self["weight"],
+                    self["scales"],
+                    self.get("biases"),
+                    group_size=self.group_size,
+                    bits=self.bits,
+                    mode=self.mode,
+                )
+            )
+            return _product_per_head(self, x, transpose, floats)
         y: mx.array = super().__call__(x, transpose)
         return y
 
@@ -95,9 +110,12 @@ _TWINS = {
 }
 
 
-def native_twin(module: nn.Module) -> nn.Module | None:
+def native_twin(module: nn.Module, clock: PhaseClock | None = None) -> nn.Module | None:
     """The same layer with the native product, sharing its evaluated parameters, or None when
-    the module is no linear layer, is small, or is packed in a way that is not covered."""
+    the module is no linear layer, is small, or is packed in a way that is not covered.
+
+    `clock` is told that products, and what they wait for, are computing.
+    """
     twin = _TWINS.get(type(module))
     if twin is None:
         return None
@@ -109,6 +127,7 @@ def native_twin(module: nn.Module) -> nn.Module | None:
     dict.update(made, module)
     vars(made).update(vars(module))
     made._matrix = matrix
+    made._clock = clock or PhaseClock()
     made._native = True
     return made  # type: ignore[no-any-return]
 
@@ -158,18 +177,37 @@ def _slots(array: mx.array) -> mx.array:
     return slots
 
 
-def _product(matrix: native.Matrix, x: mx.array) -> mx.array:
-    rows = np.array(x.reshape(-1, x.shape[-1]), copy=False)
-    return mx.array(native.matmul(rows, matrix)).reshape(*x.shape[:-1], matrix.rows)
+def _product(layer: Any, x: mx.array) -> mx.array:
+    matrix: native.Matrix = layer._matrix
+    with layer._clock.during("computing"):
+        rows = np.array(x.reshape(-1, x.shape[-1]), copy=False)
+        y = native.matmul(rows, matrix)
+    return mx.array(y).reshape(*x.shape[:-1], matrix.rows)
 
 
-def _product_per_head(matrix: native.Matrix, x: mx.array) -> mx.array:
-    if x.shape[-3] != matrix.n_slots:
-        x = mx.broadcast_to(x, (*x.shape[:-3], matrix.n_slots, *x.shape[-2:]))
-    rows = np.array(x.reshape(-1, x.shape[-1]), copy=False)
-    heads = np.repeat(np.arange(matrix.n_slots, dtype=np.int32), x.shape[-2])
-    slots = np.tile(heads, len(rows) // len(heads))
-    return mx.array(native.matmul(rows, matrix, slots)).reshape(*x.shape[:-1], matrix.rows)
+def _is_native_per_head(layer: Any, x: mx.array, transpose: bool) -> bool:
+    native_here: bool = layer._native and x.dtype == mx.float32
+    return native_here and (transpose or x.shape[-2] >= LEAST_TURNED_ROWS)
+
+
+def _product_per_head(
+    layer: Any, x: mx.array, transpose: bool, weight: mx.array | None
+) -> mx.array:
+    """`weight` [heads, rows, cols] in floats is what a transposed product turns round."""
+    with layer._clock.during("computing"):
+        matrix: native.Matrix = layer._matrix
+        if not transpose:
+            assert weight is not None
+            matrix = native.matrix(_slots(weight.swapaxes(-1, -2)))
+        heads, n = matrix.n_slots, x.shape[-2]
+        rows = np.array(x.reshape(-1, x.shape[-1]), copy=False)
+        # Every head's rows of x, which may be the same for all heads.
+        x_rows = np.arange(len(rows), dtype=np.int32).reshape(-1, x.shape[-3], n)
+        shape = (len(x_rows), heads, n)
+        x_rows = np.broadcast_to(x_rows, shape)
+        slots = np.broadcast_to(np.arange(heads, dtype=np.int32)[:, None], shape)
+        y = native.matmul(rows, matrix, slots.reshape(-1), x_rows.reshape(-1))
+    return mx.array(y).reshape(*x.shape[:-3], heads, n, matrix.rows)
 
 
 def _with_bias(module: nn.Module, y: mx.array) -> mx.array:

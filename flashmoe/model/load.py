@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
 
 from flashmoe.checkpoint.architecture import (
     build_resident,
@@ -19,15 +22,19 @@ from flashmoe.checkpoint.architecture import (
 from flashmoe.checkpoint.config import Config
 from flashmoe.errors import StoreError
 from flashmoe.io.reader import Reader
-from flashmoe.kernels.contract import ExpertKernel, ExpertSpec, ProjectionPacking
+from flashmoe.kernels.attention import attend, replace_attention
+from flashmoe.kernels.contract import ExpertForward, ExpertKernel, ExpertSpec, ProjectionPacking
 from flashmoe.kernels.linear import native_twin
+from flashmoe.phases import PhaseClock
 from flashmoe.store.layout import LayerLayout, RecordLayout
 from flashmoe.store.reader import Store
 from flashmoe.streaming.bank import LayerBank
 from flashmoe.streaming.experts import StreamedExperts
 from flashmoe.streaming.forecast import Foresight, Guess, Trial
+from flashmoe.streaming.parts import ALL_PARTS, Parts
 from flashmoe.streaming.sweep import Staging, Sweep
 from flashmoe.streaming.telemetry import Stats
+from flashmoe.streaming.whole import WholeLayer
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,41 @@ class StreamingModel:
         for layer, guess, bank in zip(self.layers, guesses, self.banks[1:], strict=False):
             if guess is not None and layer.reads_apart and bank.reads_ahead:
                 layer.foresight = Foresight(guess, bank, trial)
+
+    def slots(self) -> list[int]:
+        """How many slots each layer's bank has."""
+        return [bank.memory.n_slots for bank in self.banks]
+
+    def uses(self) -> list[npt.NDArray[np.int64]]:
+        """How often single tokens used each expert of each layer."""
+        return [layer.uses for layer in self.layers]
+
+    @property
+    def resizes_in_place(self) -> bool:
+        """Whether banks change their size without new arrays, which makes that cheap."""
+        return all(bank.memory.reserves for bank in self.banks)
+
+    def resize(self, slots: Sequence[int]) -> None:
+        """Have so many slots in each layer's bank; those that shrink do so first.
+
+        Raises what `LayerBank.resize` raises. Not while the module is called.
+        """
+        resized = list(zip(self.layers, slots, strict=True))
+        for layer, n_slots in sorted(
+            resized, key=lambda pair: pair[1] - pair[0].bank.memory.n_slots
+        ):
+            layer.resize(n_slots)
+
+    def preload(self, experts: Sequence[Sequence[int]]) -> None:
+        """Read each bank's experts, the most valuable first, while nothing else is read; without
+        any, nothing."""
+        for bank, wanted in zip(self.banks, experts, strict=False):
+            bank.preload(wanted)
+
+    def stop_reading_ahead(self) -> None:
+        """Give up what nobody has demanded."""
+        for bank in self.banks:
+            bank.stop_reading_ahead()
 
     def close(self) -> None:
         """Give the banks' memory back; the module can no longer be called."""
@@ -105,10 +147,17 @@ def load_resident(model: nn.Module, store: Store, widen: bool) -> None:
     model.eval()
 
 
-def use_native_linears(model: nn.Module) -> None:
-    """Put native products into the resident linear layers that the library covers."""
-    twins = {path: native_twin(module) for path, module in model.named_modules()}
+def use_native_linears(model: nn.Module, clock: PhaseClock | None = None) -> None:
+    """Put native products into the resident linear layers that the library covers; `clock` is
+    told of their time."""
+    twins = {path: native_twin(module, clock) for path, module in model.named_modules()}
     replace_modules(model, {path: twin for path, twin in twins.items() if twin is not None})
+
+
+def use_native_attention(model: nn.Module, clock: PhaseClock | None = None) -> None:
+    """Have the attention modules of `model` attend through the library where it covers that;
+    `clock` is told of its time."""
+    replace_attention(model, partial(attend, clock=clock))
 
 
 def stream_experts(
@@ -123,11 +172,14 @@ def stream_experts(
     stats: Stats,
     widen: bool,
     policy: str = "auto",
+    sweep_reader: Reader | None = None,
+    parts: Parts = ALL_PARTS,
 ) -> StreamingModel:
     """Replace every routed-expert module of `model` with one over a bank of its own.
 
     With `group_records`, prompts go through staging groups of that size, which layers of one
-    record layout share; without any, they go through the banks.
+    record layout share and `sweep_reader` (by default `reader`) reads into; without any, they
+    go through the banks.
     """
     modules = expert_modules(model)
     banks = []
@@ -136,25 +188,43 @@ def stream_experts(
     for layer, n_slots in zip(store.manifest.layers, slots, strict=True):
         layout = layer.layout
         module = modules[layout.path]
-        bank = LayerBank(store, layout, reader, stats, n_slots=n_slots, widen=widen, policy=policy)
+        bank = LayerBank(
+            store,
+            layout,
+            reader,
+            stats,
+            n_slots=n_slots,
+            widen=widen,
+            policy=policy,
+            most_slots=layout.n_experts,
+        )
         spec = _spec(layout, module)
-        forward = kernel(bank.memory.weights, spec)
-        prompt_forward = prompt_kernel(bank.memory.weights, spec)
+        bind = partial(_bind, kernel, prompt_kernel, spec)
+        path = store.file(layout.file)
         sweep = None
         if group_records:
             if layout.record not in stagings:
                 stagings[layout.record] = Staging(layout.record, group_records, widen)
             staging = stagings[layout.record]
             forwards = [prompt_kernel(group.weights, spec) for group in staging.groups]
-            path = store.file(layout.file)
-            sweep = Sweep(path, layout, reader, stats, bank, prompt_forward, staging, forwards)
+            sweep = Sweep(path, layout, sweep_reader or reader, stats, bank, staging, forwards)
         children = extra_children(module)
+        whole = None if parts.routed else WholeLayer(path, layout, reader, stats, bank)
         streamed[layout.path] = StreamedExperts(
-            bank, forward, prompt_forward, stats, children, sweep
+            bank, bind, stats, children, sweep, overlap=parts.overlap, whole=whole
         )
         banks.append(bank)
     replace_modules(model, streamed)
     return StreamingModel(model, tuple(streamed.values()), tuple(banks), tuple(stagings.values()))
+
+
+def _bind(
+    kernel: ExpertKernel,
+    prompt_kernel: ExpertKernel,
+    spec: ExpertSpec,
+    weights: Mapping[str, mx.array],
+) -> tuple[ExpertForward, ExpertForward]:
+    return kernel(weights, spec), prompt_kernel(weights, spec)
 
 
 def _spec(layout: LayerLayout, module: nn.Module) -> ExpertSpec:

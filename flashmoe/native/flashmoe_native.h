@@ -1,4 +1,4 @@
-/* Matrix products and routed experts over packed weights on the CPU.
+/* Matrix products and routed experts over packed weights, and attention, on the CPU.
  *
  * Arithmetic is float32: w = scale * q + bias rounded once, products accumulated in a fixed order.
  * A pair's result depends on its row of x and its slot's weights alone: not on the other pairs,
@@ -107,6 +107,39 @@ typedef struct {
  */
 FM_EXPORT int fm_expert_forward(const float* x, const int32_t* slots, int64_t n_tokens,
                                 int64_t top_k, const fm_experts* experts, float* y);
+
+/* Masks. */
+enum {
+  FM_NO_MASK = 0,
+  FM_CAUSAL_MASK = 1,  /* the last query sees every key, each one before it one key less */
+  FM_BOOLEAN_MASK = 2, /* one byte, not 0 where a query sees a key */
+  FM_ADDED_MASK = 3    /* floats, added to the scores; -FLT_MAX and below hides a key */
+};
+
+/* softmax(scale q k^T, masked) v. Strides are in elements, in the order of the axes named. */
+typedef struct {
+  const float* q;    /* [batch, heads, queries, k_dim] */
+  const float* k;    /* [batch, kv_heads, keys, k_dim]; heads / kv_heads heads share one */
+  const float* v;    /* [batch, kv_heads, keys, v_dim] */
+  const void* mask;  /* [batch, heads, queries, keys]; NULL for FM_NO_MASK and FM_CAUSAL_MASK */
+  const float* sinks; /* [heads], a score without a value; NULL: none */
+  int64_t q_strides[4];
+  int64_t k_strides[4];
+  int64_t v_strides[4];
+  int64_t mask_strides[4]; /* 0 along an axis that the mask does not have */
+  int64_t batch, heads, kv_heads, queries, keys, k_dim, v_dim;
+  float scale;
+  int32_t mask_kind;
+} fm_attention;
+
+/* out [batch, queries, heads, v_dim] float32, row-contiguous.
+ *
+ * Scores are never held for more than a block of keys and a few rows. A query's result depends on
+ * the query, its mask, keys and values alone. A query that sees no key gets the mean of the values
+ * that are hidden from it by less than -INFINITY, which is what MLX's function gives. At least as
+ * many keys as queries for FM_CAUSAL_MASK.
+ */
+FM_EXPORT int fm_attend(const fm_attention* attention, float* out);
 
 /* The instruction set in use, the best that runs here unless chosen otherwise. */
 FM_EXPORT const char* fm_isa(void);

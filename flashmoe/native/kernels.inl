@@ -6,6 +6,8 @@
 #include <string.h>
 
 #include "activations.inl"
+#include "attention.inl"
+#include "fit.inl"
 #include "kernels.h"
 
 namespace flashmoe {
@@ -226,8 +228,12 @@ constexpr Kernels make_kernels() {
           float_tile<F32, kMany.rows, kMany.pairs>,
           reduce,
           activate,
+          outer,
+          weigh,
+          blend,
           widen<BF16>,
-          widen<F16>};
+          widen<F16>,
+          fit_group};
 }
 
 }  // namespace

@@ -10,9 +10,10 @@ from typing import Any
 from flashmoe.errors import OptionError
 
 LIBRARY = "libflashmoe.so"  # as build.py names it
-VERSION = "2"  # of the interface, as matmul.cpp states it
+VERSION = "4"  # of the interface, as matmul.cpp states it
 F32, BF16, F16, AFFINE, MXFP4 = range(5)
 OK, UNSUPPORTED, BAD_ARGUMENT, NO_RESOURCES = range(4)
+NO_MASK, CAUSAL_MASK, BOOLEAN_MASK, ADDED_MASK = range(4)
 SIGMOID, GELU_TANH, RELU2, SITU = range(4)
 
 _REASONS = {
@@ -76,6 +77,45 @@ class FmExperts(ctypes.Structure):
     )
 
 
+class FmFit(ctypes.Structure):
+    """`fm_fit` of flashmoe_fit.h."""
+
+    _fields_ = (
+        ("bits", ctypes.c_int32),
+        ("group_size", ctypes.c_int32),
+        ("scale_dtype", ctypes.c_int32),
+        ("rounds", ctypes.c_int32),
+        ("n_starts", ctypes.c_int32),
+        ("starts", ctypes.c_void_p),
+        ("least_residual", ctypes.c_float),
+    )
+
+
+class FmAttention(ctypes.Structure):
+    """`fm_attention` of flashmoe_native.h."""
+
+    _fields_ = (
+        ("q", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
+        ("sinks", ctypes.c_void_p),
+        ("q_strides", ctypes.c_int64 * 4),
+        ("k_strides", ctypes.c_int64 * 4),
+        ("v_strides", ctypes.c_int64 * 4),
+        ("mask_strides", ctypes.c_int64 * 4),
+        ("batch", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("queries", ctypes.c_int64),
+        ("keys", ctypes.c_int64),
+        ("k_dim", ctypes.c_int64),
+        ("v_dim", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("mask_kind", ctypes.c_int32),
+    )
+
+
 @cache
 def _load() -> Any:
     """The library, or the reason (str) that it is not there."""
@@ -114,6 +154,15 @@ def _load() -> Any:
         ctypes.POINTER(FmExperts),
         ctypes.c_void_p,
     )
+    library.fm_fit_groups.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.POINTER(FmFit),
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+    )
+    library.fm_attend.argtypes = (ctypes.POINTER(FmAttention), ctypes.c_void_p)
     return library
 
 

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <memory>
@@ -36,7 +37,8 @@ struct fm_ticket {
 };
 
 struct fm_reader {
-  int32_t threads, uncached;
+  std::vector<Lane> lanes;
+  bool uncached;
   fm_preadv preadv;
   std::shared_ptr<ReadPool> pool;
   uint64_t process;
@@ -44,25 +46,40 @@ struct fm_reader {
   bool forked() const { return process != forks.load(); }
 };
 
-fm_reader* fm_reader_open(int32_t threads, int32_t uncached, fm_preadv preadv) {
+fm_reader* fm_reader_open(int32_t threads, int64_t piece_bytes, int32_t uncached,
+                          fm_preadv preadv) {
   static const int registered = pthread_atfork(nullptr, nullptr, note_fork);
   (void)registered;
   try {
-    auto pool = std::make_shared<ReadPool>(threads, uncached != 0, preadv);
-    return new fm_reader{threads, uncached, preadv, std::move(pool), forks.load()};
+    std::vector<Lane> lanes = {{std::max(1, threads), piece_bytes}};
+    auto pool = std::make_shared<ReadPool>(lanes, uncached != 0, preadv);
+    return new fm_reader{std::move(lanes), uncached != 0, preadv, std::move(pool), forks.load()};
   } catch (const std::exception&) {
     return nullptr;
   }
 }
 
+int32_t fm_reader_add_lane(fm_reader* reader, int32_t threads, int64_t piece_bytes) {
+  try {
+    const Lane lane = {std::max(1, threads), piece_bytes};
+    reader->lanes.push_back(lane);
+    // A child process begins with all lanes.
+    if (!reader->forked()) reader->pool->add_lane(lane);
+  } catch (const std::exception&) {
+    return -1;
+  }
+  return int32_t(reader->lanes.size() - 1);
+}
+
 int fm_reader_submit(fm_reader* reader, const fm_read* reads, int64_t n, int32_t priority,
-                     fm_ticket** ticket) {
+                     int32_t lane, fm_ticket** ticket) {
   if (!reader || (n && !reads) || n < 0 || priority < 0 || priority >= kPriorities || !ticket)
     return FM_BAD_ARGUMENT;
+  if (lane < 0 || size_t(lane) >= reader->lanes.size()) return FM_BAD_ARGUMENT;
   try {
     if (reader->forked()) {
       auto fresh =
-          std::make_shared<ReadPool>(reader->threads, reader->uncached != 0, reader->preadv);
+          std::make_shared<ReadPool>(reader->lanes, reader->uncached, reader->preadv);
       leave(reader->pool);
       reader->pool = std::move(fresh);
       reader->process = forks.load();
@@ -70,7 +87,7 @@ int fm_reader_submit(fm_reader* reader, const fm_read* reads, int64_t n, int32_t
     auto made = std::make_unique<fm_ticket>();
     made->pool = reader->pool;
     made->process = reader->process;
-    made->batch = reader->pool->submit(reads, n, priority);
+    made->batch = reader->pool->submit(reads, n, priority, size_t(lane));
     *ticket = made.release();
   } catch (const std::exception&) {
     return FM_NO_RESOURCES;

@@ -13,10 +13,12 @@ struct Simd {
   static constexpr const char* kName = "avx2";
   static constexpr int kLanes = 8;
   static constexpr Shape kSingle = {4, 1}, kFew = {2, 4}, kMany = {3, 4};
+  static constexpr Shape kOuter = {4, 2};  // rows, and vectors of columns
 
   static Vector load(const float* at) { return _mm256_loadu_ps(at); }
   static void store(float* at, Vector v) { _mm256_storeu_ps(at, v); }
   static Vector zero() { return _mm256_setzero_ps(); }
+  static Vector fill(float x) { return _mm256_set1_ps(x); }
   static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
   static Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
   static float sum(Vector v) {

@@ -16,10 +16,12 @@ struct Simd {
   static constexpr const char* kName = "avx512";
   static constexpr int kLanes = 16;
   static constexpr Shape kSingle = {4, 1}, kFew = {4, 4}, kMany = {4, 6};
+  static constexpr Shape kOuter = {8, 2};  // rows, and vectors of columns
 
   static Vector load(const float* at) { return _mm512_loadu_ps(at); }
   static void store(float* at, Vector v) { _mm512_storeu_ps(at, v); }
   static Vector zero() { return _mm512_setzero_ps(); }
+  static Vector fill(float x) { return _mm512_set1_ps(x); }
   static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
   static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
   static float sum(Vector v) { return _mm512_reduce_add_ps(v); }

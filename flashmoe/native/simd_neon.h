@@ -13,10 +13,12 @@ struct Simd {
   static constexpr const char* kName = "neon";
   static constexpr int kLanes = 4;
   static constexpr Shape kSingle = {8, 1}, kFew = {4, 4}, kMany = {4, 5};
+  static constexpr Shape kOuter = {8, 2};  // rows, and vectors of columns
 
   static Vector load(const float* at) { return vld1q_f32(at); }
   static void store(float* at, Vector v) { vst1q_f32(at, v); }
   static Vector zero() { return vdupq_n_f32(0.0f); }
+  static Vector fill(float x) { return vdupq_n_f32(x); }
   static Vector add(Vector a, Vector b) { return vaddq_f32(a, b); }
   static Vector fma(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
   static float sum(Vector v) { return vaddvq_f32(v); }

@@ -14,6 +14,7 @@ struct Simd {
   static constexpr const char* kName = "portable";
   static constexpr int kLanes = 4;
   static constexpr Shape kSingle = {4, 1}, kFew = {2, 4}, kMany = {3, 4};
+  static constexpr Shape kOuter = {4, 2};  // rows, and vectors of columns
 
   static Vector load(const float* at) {
     Vector v;
@@ -22,6 +23,7 @@ struct Simd {
   }
   static void store(float* at, Vector v) { memcpy(at, v.at, sizeof v.at); }
   static Vector zero() { return {{0.0f, 0.0f, 0.0f, 0.0f}}; }
+  static Vector fill(float x) { return {{x, x, x, x}}; }
   static Vector add(Vector a, Vector b) {
     for (int i = 0; i < 4; ++i) a.at[i] += b.at[i];
     return a;

@@ -51,7 +51,7 @@ class Maker:
         try:
             result = step.evaluate(lambda leaf: self._array(leaf, read(leaf)))
             if parameter.packing is not None:
-                parts = pack(result, parameter.packing)
+                parts = list(pack(result, parameter.packing).values())
             else:
                 parts = [result.astype(MLX_DTYPES[parameter.dtype])]
             mx.eval(parts)

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from flashmoe.checkpoint.source import SourceTensor
 from flashmoe.repacking.graph import Graph
 from flashmoe.repacking.plan import RepackPlan
+from flashmoe.repacking.quantize import PACKED
+from flashmoe.repacking.recipe import Setting
 from flashmoe.repacking.rows import Step, UnknownOperation, rows
-from flashmoe.store.layout import Quantization, safetensors_header
+from flashmoe.store.layout import safetensors_header
 
 # Source bytes of a piece, unless a single row has more.
 PIECE_BYTES = 8 * 2**20
-PACKED_PARTS = ("weight", "scales", "biases")
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,12 @@ class Parameter:
     name: str
     n_rows: int
     sinks: tuple[Sink, ...]
-    packing: Quantization | None
+    packing: Setting | None
     dtype: str
+
+    @property
+    def module(self) -> str:
+        return self.name.rpartition(".")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +141,7 @@ def schedule(
     plan: RepackPlan, graph: Graph | None, tensors: Mapping[str, SourceTensor], n_files: int
 ) -> Schedule:
     """Put every row of every parameter of a plan in its place in the order of the source."""
-    files, parameters = _destinations(plan, graph)
+    files, parameters = _destinations(plan)
     pieces: list[Piece] = []
     late = []
     elsewhere: list[tuple[Piece, int]] = []
@@ -169,7 +174,7 @@ def schedule(
 
 
 def _destinations(
-    plan: RepackPlan, graph: Graph | None
+    plan: RepackPlan,
 ) -> tuple[tuple[StoreFile, ...], tuple[Parameter, ...]]:
     files: list[StoreFile] = []
     parameters: list[Parameter] = []
@@ -184,7 +189,7 @@ def _destinations(
             sinks[tensor.name] = (sink, tensor.dtype, n_rows)
             offset += tensor.nbytes
         files.append(StoreFile(shard.file, header, offset, len(shard.tensors)))
-        parameters += _parameters(sinks, plan.quantization, graph)
+        parameters += _parameters(sinks, plan.settings)
     for layer in plan.layers:
         n_components = len(layer.record.components)
         stride = layer.record.stride
@@ -196,28 +201,26 @@ def _destinations(
             )
             for part, c in enumerate(layer.record.components)
         }
-        packing = {f"{layer.path}.{name}": q for name, q in layer.projections.items()}
         n_parts = layer.n_experts * n_components
         files.append(StoreFile(layer.file, layer.header, layer.file_bytes, n_parts))
-        parameters += _parameters(sinks, packing, graph)
+        parameters += _parameters(sinks, plan.settings)
     return tuple(files), tuple(parameters)
 
 
 def _parameters(
     sinks: dict[str, tuple[Sink, str, int]],
-    packing: Mapping[str, Quantization],
-    graph: Graph | None,
+    settings: Mapping[str, Setting],
 ) -> Iterator[Parameter]:
     """One for each array, or for each weight that the source has in floats and the store packed."""
     for name, (sink, dtype, n_rows) in sinks.items():
         module, _, part = name.rpartition(".")
-        packed = module in packing and part in PACKED_PARTS
-        if not packed or graph is None or f"{module}.scales" in graph.targets:
+        packed = f"{module}.scales" in sinks and module in settings and part in PACKED
+        if not packed:
             yield Parameter(name, n_rows, (sink,), None, dtype)
         elif part == "weight":
-            wanted = [f"{module}.{part}" for part in PACKED_PARTS]
+            wanted = [f"{module}.{part}" for part in PACKED]
             own = tuple(sinks[name][0] for name in wanted if name in sinks)
-            yield Parameter(name, n_rows, own, packing[module], dtype)
+            yield Parameter(name, n_rows, own, settings[module], dtype)
 
 
 def _blocks(

@@ -6,7 +6,6 @@ every output (`uses`) and evaluates those that are pending before it overwrites 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from flashmoe.streaming.arrivals import Arrival, Arrivals
 from flashmoe.streaming.policy.select import make_policy
 from flashmoe.streaming.slots import SlotMemory
 from flashmoe.streaming.telemetry import Stats
+from flashmoe.streaming.warm import Preload
 
 ABSENT = -1
 
@@ -44,12 +44,15 @@ class LayerBank:
         n_slots: int,
         widen: bool,
         policy: str = "auto",
+        most_slots: int | None = None,
     ) -> None:
+        """`most_slots`: up to how many slots `resize` should be cheap, as `SlotMemory` says."""
         self.group = layer.top_k
         self.record_bytes = layer.record.stride
+        self.n_experts = layer.n_experts
         if n_slots < self.group:
             raise ValueError(f"{layer.path} needs at least {self.group} slots, not {n_slots}")
-        self.memory = SlotMemory(layer.record, n_slots, self.group, widen)
+        self.memory = SlotMemory(layer.record, n_slots, self.group, widen, most_slots)
         self._path = store.file(layer.file)
         self._layer = layer
         self._reader = reader
@@ -59,6 +62,7 @@ class LayerBank:
         self._free = list(range(n_slots - 1, -1, -1))
         self._pending: list[mx.array] = []
         self._ahead = ReadAhead(reader)
+        self._preload = Preload(reader, stats)
         self.guessed = 0
         self.guessed_right = 0
         # Experts that were read ahead and have not been asked for since.
@@ -84,8 +88,7 @@ class LayerBank:
         `group`, and ReadError when a record cannot be read; the experts that had not landed are
         then absent, and the bank stays usable.
         """
-        if self._closed:
-            raise FlashMoEError("the model is closed; load it again with from_pretrained")
+        self._check_open()
         if len(experts) > self.group:
             raise ValueError(f"{len(experts)} experts at a time, but {self.group} is the most")
         self._harvest()
@@ -97,13 +100,17 @@ class LayerBank:
         if missing:
             self._settle_pending()
         self._count_guesses(experts, missing)
+        if apart:
+            self._stats.unguessed += sum(expert not in self._ahead for expert in missing)
+        self._preload.use(experts)
         pinned = set(experts)
         arrivals: list[Arrival] = []
         begun: list[tuple[Ticket, Arrival]] = []
         try:
             for row, expert in enumerate(missing):
-                if expert in self._ahead:
-                    ticket, arrival = self._ahead.adopt(expert)
+                if expert in self._ahead or expert in self._preload:
+                    coming = self._ahead if expert in self._ahead else self._preload
+                    ticket, arrival = coming.adopt(expert)
                     if ticket is not None:
                         begun.append((ticket, arrival))
                         continue
@@ -114,8 +121,10 @@ class LayerBank:
             for ticket, arrival in begun:
                 ticket.cancel()
                 arrivals.append(arrival)
-            self._reader.drain()
-            self._lose(arrivals)
+            try:
+                self._reader.drain()
+            finally:
+                self._lose(arrivals)
             raise
         # In the order of the call: landing has none that would come again.
         for expert in experts:
@@ -146,8 +155,8 @@ class LayerBank:
             return
         self._harvest()
         self._lose(self._ahead.drop(keep=experts))
-        room = self.memory.n_slots - self.group - len(self._ahead)
-        wanted = [e for e in experts if self._slot_of[e] == ABSENT and e not in self._ahead]
+        room = self._room_ahead
+        wanted = self._not_coming(experts)
         if not wanted or room <= 0:
             return
         self._settle_pending()
@@ -165,6 +174,38 @@ class LayerBank:
             self.guessed += 1
             self._stats.guessed += 1
 
+    def preload(self, experts: Sequence[int]) -> None:
+        """Start reading experts into free slots, in disk order, when nothing else waits to be
+        read; of more than find room, those that come first in `experts`.
+
+        Does nothing where `read_ahead` does not.
+        """
+        if self._closed or not self.reads_ahead:
+            return
+        self._preload.rank(experts)
+        self._begin_preload(experts)
+
+    def pause_preload(self, needed: Sequence[int]) -> None:
+        """Give up for now what has not begun to be preloaded; what has is resident afterwards.
+
+        The experts `needed` are asked for by what happens meanwhile.
+        """
+        self._lose(self._preload.pause())
+        self._preload.outlast()
+        self._harvest()
+        self._admit_preloaded()
+        self._preload.use(needed)
+
+    def resume_preload(self) -> None:
+        """Go on with what `pause_preload` gave up, where slots are still free."""
+        self._begin_preload(self._preload.paused)
+
+    def by_value(self) -> list[int]:
+        """The experts that are in a slot, those that would be evicted last first."""
+        self._harvest()
+        self._admit_preloaded()
+        return self._policy.ranked()
+
     def resident(self, experts: Sequence[int]) -> list[int]:
         """Those of `experts` that are in a slot."""
         return [expert for expert in experts if self._slot_of[expert] != ABSENT]
@@ -178,11 +219,8 @@ class LayerBank:
         """The experts that land next, as `Arrivals.land` says; the time counts as reading."""
         if not arrivals.coming:
             return []
-        started = time.perf_counter()
-        try:
+        with self._stats.clock.during("reading"):
             return arrivals.land()
-        finally:
-            self._stats.seconds.reading += time.perf_counter() - started
 
     def uses(self, output: mx.array) -> None:
         """Note an unevaluated array that reads slots of this bank.
@@ -202,17 +240,23 @@ class LayerBank:
         experts: list[int] = np.flatnonzero(self._slot_of != ABSENT).tolist()
         return experts
 
+    def residency(self) -> npt.NDArray[np.bool_]:
+        """Which experts [n_experts] are in a slot now."""
+        self._harvest()
+        held: npt.NDArray[np.bool_] = self._slot_of != ABSENT
+        return held
+
     def slot_table(self) -> npt.NDArray[np.int32]:
         """The slot of each expert [n_experts], or ABSENT, as it is now.
 
         Raises FlashMoEError once the bank is closed.
         """
-        if self._closed:
-            raise FlashMoEError("the model is closed; load it again with from_pretrained")
+        self._check_open()
         return self._slot_of.copy()
 
     def use(self, experts: Sequence[int]) -> None:
         """Count the resident ones of `experts` as used, in this order."""
+        self._count_guesses(experts, ())
         for expert in self.resident(experts):
             self._policy.use(expert)
 
@@ -237,17 +281,60 @@ class LayerBank:
             self._free.append(own)
             raise
 
+    def resize(self, n_slots: int) -> None:
+        """Have so many slots, one token's needs at least; the system has the others' memory.
+
+        What the policy values least is evicted when there are fewer. `memory.resizes_in_place`
+        says before whether kernels have to be bound anew. Not while experts are requested.
+        Raises ValueError for too few slots.
+        """
+        self._check_open()
+        if n_slots < self.group:
+            raise ValueError(f"{self._layer.path} needs at least {self.group} slots, not {n_slots}")
+        before = self.memory.n_slots
+        if n_slots == before:
+            return
+        self._settle_pending()
+        self.pause_preload(())
+        self._take_in(*self._ahead.finish())
+        if n_slots < before:
+            self._vacate(n_slots)
+            self._free = [slot for slot in self._free if slot < n_slots]
+        try:
+            self.memory.resize(n_slots)
+        finally:
+            # Not as many as asked for when there was no memory.
+            self._policy.resize(self.memory.n_slots)
+            self._free[:0] = range(self.memory.n_slots - 1, before - 1, -1)
+        self.resume_preload()
+
+    def _vacate(self, n_slots: int) -> None:
+        """Leave `n_slots` experts at most, and these in the first slots."""
+        for _ in range(len(self.held()) - n_slots):
+            self._free.append(self._evict(set()))
+        low = [slot for slot in self._free if slot < n_slots]
+        for expert in np.flatnonzero(self._slot_of >= n_slots).tolist():
+            old, new = int(self._slot_of[expert]), low.pop()
+            self.memory.copy_slot(new, self.memory, old)
+            self._slot_of[expert] = new
+            self._free[self._free.index(new)] = old
+
     def close(self) -> None:
         """Give the slots' memory back; nothing can be acquired afterwards."""
-        self._lose(self._ahead.drop(keep=()))
+        self.stop_reading_ahead()
         self._pending.clear()
         self.memory.release()
         self._closed = True
 
+    def stop_reading_ahead(self) -> None:
+        """Give up what nobody has demanded and what has not begun."""
+        self._lose(self._ahead.drop(keep=()))
+        self._lose(self._preload.drop())
+
     def check_integrity(self) -> None:
         """Raise FlashMoEError unless every slot is free, or holds or awaits just one expert."""
         resident = self._slot_of[self._slot_of != ABSENT].tolist()
-        ahead = self._ahead.slots
+        ahead = self._ahead.slots + self._preload.slots
         if sorted(resident + self._free + ahead) != list(range(self.memory.n_slots)):
             raise FlashMoEError(
                 f"{self._layer.path}: resident slots {sorted(resident)} + free slots "
@@ -260,24 +347,68 @@ class LayerBank:
         offset = self._layer.record_offset(expert)
         return Arrival(expert, slot, row, ReadRequest(self._path, offset, place))
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise FlashMoEError("the model is closed; load it again with from_pretrained")
+
+    @property
+    def _room_ahead(self) -> int:
+        """How many more records may be on their way undemanded: a token's needs must still fit."""
+        return self.memory.n_slots - self.group - len(self._ahead) - len(self._preload)
+
+    def _not_coming(self, experts: Sequence[int]) -> list[int]:
+        """Those of `experts` that are neither resident nor on their way."""
+        coming = (self._ahead, self._preload)
+        return [
+            expert
+            for expert in experts
+            if self._slot_of[expert] == ABSENT and not any(expert in reads for reads in coming)
+        ]
+
+    def _begin_preload(self, experts: Sequence[int]) -> None:
+        room = max(0, min(len(self._free), self._room_ahead))
+        wanted = self._not_coming(experts)[:room]
+        if wanted:
+            self._settle_pending()
+        for expert in sorted(wanted):
+            arrival = self._arrival(expert, self._free.pop(), row=0)
+            try:
+                self._preload.begin(arrival)
+            except ReadError:
+                # When it is demanded, the failure is raised.
+                self._lose([arrival])
+                return
+
     def _harvest(self) -> None:
-        if len(self._ahead):
-            whole, failed = self._ahead.harvest()
-            # A prompt may have brought the same expert meanwhile.
-            twice = [arrival for arrival in whole if self._slot_of[arrival.expert] != ABSENT]
-            self._free.extend(arrival.slot for arrival in twice)
-            whole = [arrival for arrival in whole if arrival not in twice]
+        if len(self._preload):
+            whole, failed = self._preload.harvest()
             self._land(whole)
-            for arrival in whole:
-                self._policy.use(arrival.expert)
-                self._unused.add(arrival.expert)
             self._lose(failed)
+            if not len(self._preload):
+                self._admit_preloaded()
+        if len(self._ahead):
+            self._take_in(*self._ahead.harvest())
+
+    def _take_in(self, whole: Sequence[Arrival], failed: Sequence[Arrival]) -> None:
+        """Count records that were read ahead as resident, and forget those that failed."""
+        # A prompt may have brought the same expert meanwhile.
+        twice = [arrival for arrival in whole if self._slot_of[arrival.expert] != ABSENT]
+        self._free.extend(arrival.slot for arrival in twice)
+        self._stats.bytes_read += len(twice) * self._layer.record.stride
+        self._stats.bytes_wasted += len(twice) * self._layer.record.stride
+        whole = [arrival for arrival in whole if arrival not in twice]
+        self._land(whole)
+        for arrival in whole:
+            self._policy.use(arrival.expert)
+            self._unused.add(arrival.expert)
+        self._lose(failed)
 
     def _count_guesses(self, experts: Sequence[int], missing: Sequence[int]) -> None:
         """Note which guesses came true: landed and not used yet, or still on their way."""
         early = self._unused.intersection(experts)
         self._unused -= early
         right = len(early) + sum(expert in self._ahead for expert in missing)
+        self._stats.bytes_absent += self._layer.record.stride * (len(early) + len(missing))
         self.guessed_right += right
         self._stats.guessed_right += right
 
@@ -296,18 +427,33 @@ class LayerBank:
 
     def _settle_pending(self) -> None:
         if self._pending:
-            started = time.perf_counter()
-            mx.eval(self._pending)
+            with self._stats.clock.during("computing"):
+                mx.eval(self._pending)
             self._pending.clear()
-            self._stats.seconds.computing += time.perf_counter() - started
 
     def _take_slot(self, pinned: set[int]) -> int:
-        return self._free.pop() if self._free else self._evict(pinned)
+        if self._free:
+            return self._free.pop()
+        # What is needed now goes before what may be needed.
+        arrival = self._preload.give_up(pinned)
+        if arrival is not None:
+            return arrival.slot
+        self._admit_preloaded()
+        return self._evict(pinned)
+
+    def _admit_preloaded(self) -> None:
+        # All at once, so that they give way in order of value, not of where they are on disk.
+        for expert in self._preload.take_landed():
+            if expert not in self._policy:
+                self._policy.use(expert)
 
     def _evict(self, pinned: set[int]) -> int:
         """The slot of an expert that is no longer resident, none of `pinned`."""
         victim = self._policy.victim(pinned)
-        self._unused.discard(victim)
+        if victim in self._unused:
+            self._unused.discard(victim)
+            self._stats.bytes_wasted += self._layer.record.stride
+        self._preload.forget(victim)
         slot = int(self._slot_of[victim])
         self._slot_of[victim] = ABSENT
         return slot

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,11 +10,16 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from flashmoe.errors import FlashMoEError
 from flashmoe.kernels.contract import ExpertForward
 from flashmoe.streaming.bank import LayerBank
 from flashmoe.streaming.forecast import Foresight
 from flashmoe.streaming.sweep import Sweep
 from flashmoe.streaming.telemetry import Stats
+from flashmoe.streaming.whole import WholeLayer
+
+# A bank's arrays as the kernels for single tokens and for prompts see them.
+Bind = Callable[[Mapping[str, mx.array]], tuple[ExpertForward, ExpertForward]]
 
 # Smaller records are there before it pays to compute without them.
 APART_BYTES = 256 * 1024
@@ -26,28 +30,34 @@ class StreamedExperts(nn.Module):
 
     `x` [..., d_in], `indices` [..., k] -> [..., k, d_out] in x's dtype. `children` are the
     resident parts of the replaced module (activation, norms), kept under their names. What
-    needs more experts than one token does goes through `sweep`, or without one through the bank
-    with `prompt_forward`. `observer`, when set, is called with each call's routed
-    experts [..., k].
+    needs more experts than one token does goes through `sweep`, or without one through the bank,
+    and meets the second of the kernels that `bind` gives. `observer`, when set, is called with
+    each call's routed experts [..., k]. To be measured, `overlap` can be off, and `whole` reads
+    the records that a token does not need, too.
     """
 
     def __init__(
         self,
         bank: LayerBank,
-        forward: ExpertForward,
-        prompt_forward: ExpertForward,
+        bind: Bind,
         stats: Stats,
         children: Mapping[str, Any],
         sweep: Sweep | None = None,
+        overlap: bool = True,
+        whole: WholeLayer | None = None,
     ) -> None:
         super().__init__()
         for name, child in children.items():
             setattr(self, name, child)
         self._bank = bank
-        self._forward: ExpertForward | None = forward
-        self._prompt_forward: ExpertForward | None = prompt_forward
+        self._bind = bind
+        self._forwards: tuple[ExpertForward, ExpertForward] | None = bind(bank.memory.weights)
         self._stats = stats
         self._sweep = sweep
+        # How often single tokens used each expert.
+        self._uses = np.zeros(bank.n_experts, np.int64)
+        self._overlap = overlap
+        self._whole = whole
         # Set where the next layer's experts can be guessed.
         self.foresight: Foresight | None = None
         self.observer: Callable[[npt.NDArray[Any]], None] | None = None
@@ -61,19 +71,22 @@ class StreamedExperts(nn.Module):
     def _call(self, x: mx.array, indices: mx.array) -> mx.array:
         one_token = indices.size == indices.shape[-1]
         guess = self.foresight.guess(x) if self.foresight is not None and one_token else None
-        started = time.perf_counter()
         # The readback: once these are here, everything this layer's routing depends on has run.
-        if guess is not None:
-            mx.eval(indices, guess)
-        experts = np.array(indices)
-        self._stats.seconds.computing += time.perf_counter() - started
+        with self._stats.clock.during("computing"):
+            if guess is not None:
+                mx.eval(indices, guess)
+            experts = np.array(indices)
         if self.observer is not None:
             self.observer(experts)
         distinct = np.unique(experts)
         if len(distinct) > self._bank.group:
             if self._sweep is not None:
-                return self._sweep(x, experts)
+                return self._sweep(x, experts, self._forward(prompt=True))
             return self._run_grouped(x, experts, distinct)
+        if one_token:
+            self._uses[distinct] += 1
+        if one_token and self._whole is not None:
+            self._whole(distinct.tolist())
         if one_token and self.reads_apart:
             y = self._run_overlapped(x, experts, guess)
         else:
@@ -82,16 +95,44 @@ class StreamedExperts(nn.Module):
         return y
 
     @property
+    def bank(self) -> LayerBank:
+        """Where the experts are."""
+        return self._bank
+
+    @property
+    def uses(self) -> npt.NDArray[np.int64]:
+        """How often single tokens used each expert [n_experts]; the caller may make them less."""
+        return self._uses
+
+    def resize(self, n_slots: int) -> None:
+        """Have a bank of so many slots; raises what `LayerBank.resize` does. Not while called."""
+        in_place = self._bank.memory.resizes_in_place(n_slots)
+        if not in_place:
+            # Kernels hold the arrays, whose memory would stay taken.
+            self._forwards = None
+        try:
+            self._bank.resize(n_slots)
+        finally:
+            if not in_place:
+                self._forwards = self._bind(self._bank.memory.weights)
+
+    @property
     def reads_apart(self) -> bool:
-        """Whether records are so large that computing and reading overlap."""
-        return self._bank.record_bytes >= APART_BYTES
+        """Whether computing and reading overlap: records are large enough, and it is not off."""
+        return self._overlap and self._bank.record_bytes >= APART_BYTES
 
     def close(self) -> None:
         """Give the bank's memory back; calls raise FlashMoEError afterwards."""
-        self._forward = None
-        self._prompt_forward = None
+        self._forwards = None
         self._sweep = None
+        if self._whole is not None:
+            self._whole.close()
         self._bank.close()
+
+    def _forward(self, *, prompt: bool) -> ExpertForward:
+        if self._forwards is None:
+            raise FlashMoEError("the model is closed; load it again with from_pretrained")
+        return self._forwards[prompt]
 
     def _run_overlapped(
         self, x: mx.array, experts: npt.NDArray[Any], guess: mx.array | None
@@ -127,12 +168,9 @@ class StreamedExperts(nn.Module):
     def _compute(
         self, x: mx.array, slots: npt.NDArray[np.int32], *, prompt: bool = False
     ) -> mx.array:
-        forward = self._prompt_forward if prompt else self._forward
-        assert forward is not None  # a closed bank gives no slots
-        started = time.perf_counter()
-        y = forward(x, slots)
-        self._stats.seconds.experts += time.perf_counter() - started
-        return y
+        forward = self._forward(prompt=prompt)
+        with self._stats.clock.during("experts"):
+            return forward(x, slots)
 
     def _run_grouped(
         self, x: mx.array, experts: npt.NDArray[Any], distinct: npt.NDArray[Any]
@@ -152,9 +190,8 @@ class StreamedExperts(nn.Module):
             table = self._bank.acquire(group.tolist())
             slots = table[flat[order[begin:end], None]]
             y = self._compute(rows[mx.array(token_of[begin:end])], slots, prompt=True)
-            started = time.perf_counter()
-            mx.eval(y)
-            self._stats.seconds.computing += time.perf_counter() - started
+            with self._stats.clock.during("experts"):
+                mx.eval(y)
             parts.append(y.squeeze(-2))
         restore = np.empty_like(order)
         restore[order] = np.arange(len(order))

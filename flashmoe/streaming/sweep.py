@@ -8,7 +8,6 @@ and on staging, and kernels for prompts give a row the same bits in any such com
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +111,7 @@ class Sweep:
     """One layer's calls that need more experts than a token does.
 
     `x` [..., d_in] and `indices` [..., k] on the host -> [..., k, d_out], evaluated, in x's
-    dtype. `bank_forward` runs over the bank's slots, `forwards` over those of the staging groups.
+    dtype. `forwards` run over the slots of the staging groups, `bank_forward` over the bank's.
     """
 
     def __init__(
@@ -122,7 +121,6 @@ class Sweep:
         reader: Reader,
         stats: Stats,
         bank: LayerBank,
-        bank_forward: ExpertForward,
         staging: Staging,
         forwards: Sequence[ExpertForward],
     ) -> None:
@@ -131,15 +129,18 @@ class Sweep:
         self._reader = reader
         self._stats = stats
         self._bank = bank
-        self._bank_forward = bank_forward
         self._staging = staging
         self._forwards = forwards
 
-    def __call__(self, x: mx.array, indices: npt.NDArray[Any]) -> mx.array:
+    def __call__(
+        self, x: mx.array, indices: npt.NDArray[Any], bank_forward: ExpertForward
+    ) -> mx.array:
         """Raises ReadError when a record cannot be read whole, and FlashMoEError once the bank
         is closed; whatever is raised, bank and staging can be used again."""
-        table = self._bank.slot_table()
         rows = RoutedRows.of(indices)
+        # What is still to be preloaded may be needed here, and would then be read twice.
+        self._bank.pause_preload(rows.experts.tolist())
+        table = self._bank.slot_table()
         here = table[rows.experts] != ABSENT
         missing = np.flatnonzero(~here)
         self._count(len(rows.experts), len(missing))
@@ -150,7 +151,7 @@ class Sweep:
             ticket = self._submit(rows.experts[runs[0]], 0) if runs else None
             for run in rows.split(np.flatnonzero(here), len(here), n_tokens):
                 slots = table[rows.experts[run]]
-                self._compute(result, rows, run, slots, self._bank_forward)
+                self._compute(result, rows, run, slots, bank_forward)
             adopted = self._make_room(rows, missing)
             for number, run in enumerate(runs):
                 following = runs[number + 1 : number + 2]
@@ -170,6 +171,7 @@ class Sweep:
             raise
         # The experts of most rows count as used last.
         self._bank.use(rows.experts[np.argsort(rows.counts, kind="stable")].tolist())
+        self._bank.resume_preload()
         y = result.array()
         return y.reshape(*indices.shape, y.shape[-1])
 
@@ -177,6 +179,7 @@ class Sweep:
         self._stats.hits += n_experts - n_missing
         self._stats.misses += n_missing
         self._stats.bytes_demanded += n_experts * self._layer.record.stride
+        self._stats.bytes_absent += n_missing * self._layer.record.stride
 
     def _submit(self, experts: Ints, number: int) -> Ticket:
         """Begin to read a run of records, one after the other on disk, into a staging group."""
@@ -191,11 +194,10 @@ class Sweep:
         )
 
     def _wait(self, ticket: Ticket, n_records: int, number: int) -> None:
-        started = time.perf_counter()
-        ticket.wait()
-        for slot in range(n_records):
-            self._staging.groups[number % N_GROUPS].settle(slot, slot)
-        self._stats.seconds.reading += time.perf_counter() - started
+        with self._stats.clock.during("reading"):
+            ticket.wait()
+            for slot in range(n_records):
+                self._staging.groups[number % N_GROUPS].settle(slot, slot)
         self._stats.bytes_read += n_records * self._layer.record.stride
 
     def _compute(
@@ -206,9 +208,8 @@ class Sweep:
         slots: npt.NDArray[np.int32],
         forward: ExpertForward,
     ) -> None:
-        started = time.perf_counter()
-        result.put(rows.pairs(run), np.repeat(slots, rows.counts[run])[:, None], forward)
-        self._stats.seconds.experts += time.perf_counter() - started
+        with self._stats.clock.during("experts"):
+            result.put(rows.pairs(run), np.repeat(slots, rows.counts[run])[:, None], forward)
 
     def _make_room(self, rows: RoutedRows, missing: Ints) -> set[int]:
         """Free the slots of the resident experts that leave; returns the experts to adopt."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 
@@ -18,9 +19,17 @@ class Policy(ABC):
 
     def __init__(self, capacity: int) -> None:
         """`capacity` is the number of slots, at least 1; the bank admits no more experts."""
-        if capacity < 1:
-            raise ValueError(f"a policy needs at least 1 slot, not {capacity}")
-        self.capacity = capacity
+        self.capacity = _checked(capacity)
+
+    def resize(self, capacity: int) -> None:
+        """Note that the bank now has another number of slots, at least 1.
+
+        Who is resident stays: a bank that shrinks takes its victims before. Raises ValueError
+        for fewer slots than resident experts.
+        """
+        if capacity < len(self):
+            raise ValueError(f"{len(self)} experts are resident, more than {capacity} slots")
+        self.capacity = _checked(capacity)
 
     @abstractmethod
     def use(self, expert: int) -> None:
@@ -41,6 +50,12 @@ class Policy(ABC):
         Raises KeyError when it is not resident.
         """
 
+    def ranked(self) -> list[int]:
+        """The resident experts, those that would be evicted last first."""
+        left = copy.deepcopy(self)
+        order = [left.victim(()) for _ in range(len(left))]
+        return order[::-1]
+
     @abstractmethod
     def __contains__(self, expert: int) -> bool:
         """Whether this expert counts as resident."""
@@ -48,6 +63,12 @@ class Policy(ABC):
     @abstractmethod
     def __len__(self) -> int:
         """How many experts count as resident."""
+
+
+def _checked(capacity: int) -> int:
+    if capacity < 1:
+        raise ValueError(f"a policy needs at least 1 slot, not {capacity}")
+    return capacity
 
 
 def nothing_to_evict() -> LookupError:

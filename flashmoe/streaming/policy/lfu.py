@@ -23,13 +23,18 @@ class LFU(Policy):
 
     def __init__(self, capacity: int, half_life: float = HALF_LIFE) -> None:
         super().__init__(capacity)
-        self._growth = 2.0 ** (1.0 / (half_life * capacity))
+        self._half_life = half_life
+        self._growth = self._growth_at(capacity)
         self._weight = 1.0
         self._scores: dict[int, float] = {}
         self._resident: set[int] = set()
         # One entry for each resident expert, its score when it was put there: scores only grow,
         # so the true one is never lower.
         self._heap: list[tuple[float, int]] = []
+
+    def resize(self, capacity: int) -> None:
+        super().resize(capacity)
+        self._growth = self._growth_at(capacity)
 
     def use(self, expert: int) -> None:
         score = self._scores.get(expert, 0.0) + self._weight
@@ -70,6 +75,11 @@ class LFU(Policy):
 
     def __len__(self) -> int:
         return len(self._resident)
+
+    def _growth_at(self, capacity: int) -> float:
+        """By what the weight of a use exceeds that of the use before it."""
+        growth: float = 2.0 ** (1.0 / (self._half_life * capacity))
+        return growth
 
     def _rescale(self) -> None:
         scale = 1.0 / self._weight

@@ -31,13 +31,19 @@ class S3FIFO(Policy):
         self, capacity: int, small_share: float = SMALL_SHARE, uses_to_stay: int = USES_TO_STAY
     ) -> None:
         super().__init__(capacity)
-        self._small_size = max(1, int(capacity * small_share))
-        self._most_ghosts = max(1, capacity - self._small_size)
+        self._small_share = small_share
+        self._size_queues()
         self._uses_to_stay = uses_to_stay
         # Uses since admission by expert, oldest first.
         self._small: OrderedDict[int, int] = OrderedDict()
         self._main: OrderedDict[int, int] = OrderedDict()
         self._ghosts: OrderedDict[int, None] = OrderedDict()
+
+    def resize(self, capacity: int) -> None:
+        super().resize(capacity)
+        self._size_queues()
+        while len(self._ghosts) > self._most_ghosts:
+            self._ghosts.popitem(last=False)
 
     def use(self, expert: int) -> None:
         if expert in self._main:
@@ -73,6 +79,10 @@ class S3FIFO(Policy):
 
     def __len__(self) -> int:
         return len(self._small) + len(self._main)
+
+    def _size_queues(self) -> None:
+        self._small_size = max(1, int(self.capacity * self._small_share))
+        self._most_ghosts = max(1, self.capacity - self._small_size)
 
     def _evict_small(self, pinned: Collection[int]) -> int | None:
         for _ in range(len(self._small)):

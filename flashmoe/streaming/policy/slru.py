@@ -19,9 +19,15 @@ class SLRU(Policy):
 
     def __init__(self, capacity: int, protected_share: float = PROTECTED_SHARE) -> None:
         super().__init__(capacity)
+        self._protected_share = protected_share
         self._most_protected = int(capacity * protected_share)
         self._probation: OrderedDict[int, None] = OrderedDict()
         self._protected: OrderedDict[int, None] = OrderedDict()
+
+    def resize(self, capacity: int) -> None:
+        super().resize(capacity)
+        self._most_protected = int(capacity * self._protected_share)
+        self._let_fall()
 
     def use(self, expert: int) -> None:
         if expert in self._protected:
@@ -29,9 +35,7 @@ class SLRU(Policy):
         elif expert in self._probation:
             del self._probation[expert]
             self._protected[expert] = None
-            if len(self._protected) > self._most_protected:
-                fallen, _ = self._protected.popitem(last=False)
-                self._probation[fallen] = None
+            self._let_fall()
         else:
             self._probation[expert] = None
 
@@ -45,6 +49,11 @@ class SLRU(Policy):
 
     def forget(self, expert: int) -> None:
         del (self._protected if expert in self._protected else self._probation)[expert]
+
+    def _let_fall(self) -> None:
+        while len(self._protected) > self._most_protected:
+            fallen, _ = self._protected.popitem(last=False)
+            self._probation[fallen] = None
 
     def __contains__(self, expert: int) -> bool:
         return expert in self._probation or expert in self._protected

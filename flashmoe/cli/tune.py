@@ -1,0 +1,204 @@
+"""`flashmoe tune`: measure what is fastest for a store on this machine, and keep it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flashmoe.cli import options
+from flashmoe.units import format_size
+
+if TYPE_CHECKING:
+    from flashmoe.bench.tune import TuneReport
+    from flashmoe.bench.tune_reads import ReadRow
+    from flashmoe.io.select import ReadSettings
+    from flashmoe.tuning import Tuning
+
+# Of each race, how many settings beside the default and the chosen one are shown.
+SHOWN = 3
+
+
+def tune(
+    store: options.StorePath,
+    memory: options.Memory = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="Seconds to take, about. Default: 50.", show_default=False),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Measure nothing; show what is stored.")
+    ] = False,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Measure nothing; remove what is stored.")
+    ] = False,
+    json: options.Json = False,
+) -> None:
+    """Measure what is fastest for a store on this machine, in under a minute, and keep it.
+
+    First how to read: how many reads at once and how large, for decode and for prompts, through
+    the page cache and past it. Then, with the model running in --memory, whether the bank or the
+    page cache should have it, and whether reading ahead pays. Defaults are left only for what is
+    faster by more than the spread. From then on every command uses the choice for what its
+    options leave open (--no-tuned does not). Results never change. Run it again when the disk,
+    the memory you give or the machine change, while nothing else is running.
+    """
+    from flashmoe.bench.tune import DEFAULT_SECONDS
+    from flashmoe.bench.tune import tune as measure
+    from flashmoe.cli.console import late_progress, out, print_dim, print_json
+    from flashmoe.locate import cache_folder
+    from flashmoe.store.reader import open_store
+    from flashmoe.tuning import TuningFile
+
+    if show and forget:
+        raise typer.BadParameter("--show and --forget exclude each other")
+    file = TuningFile(cache_folder(), open_store(store))
+    if forget:
+        forgotten = file.forget()
+        if json:
+            print_json({"forgotten": forgotten})
+        else:
+            out.print("forgotten" if forgotten else "nothing was stored", markup=False)
+        return
+    if show:
+        stored = file.read()
+        if json:
+            print_json(None if stored is None else asdict(stored))
+        else:
+            _print_choice(stored)
+        return
+    with late_progress("tuning, seconds", quiet=json) as progress:
+        report = measure(
+            store,
+            memory=memory,
+            seconds=DEFAULT_SECONDS if seconds is None else seconds,
+            progress=progress,
+        )
+    file.write(report.tuning)
+    if json:
+        print_json({**report.as_dict(), "file": str(file.path)})
+        return
+    _print_report(report)
+    _print_choice(report.tuning)
+    print_dim(f"kept in {file.path}; flashmoe tune --forget removes it")
+
+
+def stored_tuning(store: str) -> Tuning | None:
+    """What is stored for a store on this machine."""
+    from flashmoe.locate import cache_folder
+    from flashmoe.store.reader import open_store
+    from flashmoe.tuning import TuningFile
+
+    return TuningFile(cache_folder(), open_store(store)).read()
+
+
+def describe_choice(tuning: Tuning) -> list[tuple[str, str]]:
+    """What a choice consists of, as (what, how)."""
+    choice = tuning.choice
+    rows = [
+        (f"{pattern}, {mode}", _settings(settings))
+        for mode, reads in (("cached", choice.cached), ("uncached", choice.uncached))
+        for pattern, settings in (("decode", reads.decode), ("sweep", reads.sweep))
+    ]
+    bank = choice.bank
+    if bank is None:
+        rows.append(("bank", "all that memory allows; page cache and forecast as by default"))
+    else:
+        rows.append(
+            (
+                "bank",
+                f"{bank.bank_share:.0%} of what memory allows, where that is about "
+                f"{format_size(bank.bank_bytes)}; {_page_cache(bank.page_cache)}; "
+                f"{'forecast' if bank.forecast else 'no forecast'}",
+            )
+        )
+    speed = f"{tuning.bytes_per_second / 1e9:.2f} GB/s at decode's pattern"
+    if tuning.tokens_per_second is not None:
+        speed = f"{tuning.tokens_per_second:.2f} tok/s, {speed}"
+    return [*rows, ("expected", speed), ("measured", tuning.when)]
+
+
+def _print_choice(tuning: Tuning | None) -> None:
+    from flashmoe.cli.console import out
+
+    if tuning is None:
+        out.print("nothing is stored for this store and machine", markup=False)
+        return
+    for name, value in describe_choice(tuning):
+        out.print(f"{name:<17} {value}", markup=False)
+
+
+def _print_report(report: TuneReport) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from flashmoe.cli.console import out, print_dim
+
+    out.print(f"[bold]{escape(report.store)}[/bold]  {report.seconds:.0f} s")
+    table = Table()
+    for column in ("page cache", "pattern", "reads", "GB/s (min to max)", ""):
+        table.add_column(column, no_wrap=True)
+    for row in _shown(report):
+        table.add_row(
+            "yes" if row.page_cache else "no",
+            row.pattern,
+            _settings(row.settings),
+            f"{row.bytes_per_second / 1e9:.2f} ({row.slowest / 1e9:.2f} to "
+            f"{row.fastest / 1e9:.2f})",
+            _mark(row.is_default, row.is_chosen),
+        )
+    out.print(table)
+    if report.runs:
+        table = Table()
+        for column in (
+            "model",
+            "bank",
+            "page cache",
+            "forecast",
+            "hit rate",
+            "tok/s (min to max)",
+            "",
+        ):
+            table.add_column(column, no_wrap=True)
+        for number, run in enumerate(report.runs):
+            table.add_row(
+                run.name,
+                format_size(run.bank_bytes),
+                "yes" if run.page_cache else "no",
+                "yes" if run.forecast else "no",
+                f"{run.hit_rate:.0%}",
+                f"{run.tokens_per_second:.2f} ({run.slowest:.2f} to {run.fastest:.2f})",
+                _mark(number == 0, run.is_chosen),
+            )
+        out.print(table)
+    for note in report.notes:
+        print_dim(f"note: {note}")
+
+
+def _shown(report: TuneReport) -> list[ReadRow]:
+    """Of each race the default, the chosen one and the next best."""
+    shown: list[ReadRow] = []
+    races = dict.fromkeys((row.page_cache, row.pattern) for row in report.reads)
+    for race in races:
+        rows = [row for row in report.reads if (row.page_cache, row.pattern) == race]
+        others = [row for row in rows if not row.is_default and not row.is_chosen]
+        kept = others[:SHOWN]
+        shown += [row for row in rows if row.is_default or row.is_chosen or row in kept]
+    return shown
+
+
+def _settings(settings: ReadSettings) -> str:
+    depth = settings.depth
+    reader = "pread" if settings.reader == "auto" else settings.reader
+    if depth.piece_bytes is None:
+        return f"{reader}, {depth.threads} threads, a piece for each"
+    return f"{reader}, {depth.threads} threads, pieces of {format_size(depth.piece_bytes)}"
+
+
+def _page_cache(page_cache: bool) -> str:
+    return "through the page cache" if page_cache else "past the page cache"
+
+
+def _mark(is_default: bool, is_chosen: bool) -> str:
+    return " ".join(filter(None, ("default" * is_default, "chosen" * is_chosen)))

@@ -1,0 +1,176 @@
+"""Where the time of a token goes: every phase gets what was spent in it, and none is forgotten."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from answers import BARN
+from wide import wide_store
+
+from flashmoe import FlashMoEModel, engine, native
+from flashmoe.io.native import NativeReader
+from flashmoe.io.reader import Reader
+from flashmoe.io.threads import ThreadReader
+from flashmoe.kernels import linear
+from flashmoe.phases import PhaseClock, Phases
+from flashmoe.store.reader import Store
+from flashmoe.streaming.telemetry import Stats
+
+NATIVE = native.available() is None
+NAP_SECONDS = 0.01
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return wide_store(tmp_path_factory.mktemp("wide"), "qwen3_moe")
+
+
+def test_a_clock_is_in_one_phase() -> None:
+    now = 0.0
+    clock = PhaseClock(lambda: now)
+    now = 1.0
+    with clock.during("host"):
+        now += 2
+        with clock.during("reading"):
+            now += 30
+            with pytest.raises(KeyError), clock.during("experts"):
+                now += 400
+                raise KeyError
+            now += 5000
+        now += 60_000
+    now = 1e9
+    assert clock.totals == Phases(computing=0, reading=5030, experts=400, host=60_002)
+    assert clock.totals.total == 65_432
+
+
+def test_arithmetic() -> None:
+    a, b = Phases(1, 2, 3, 4), Phases(10, 20, 30, 40)
+    assert asdict(a + b) == {"computing": 11, "reading": 22, "experts": 33, "host": 44}
+    assert b - a == Phases(9, 18, 27, 36)
+
+
+def test_a_part_that_fails_is_counted_too() -> None:
+    stats = Stats()
+    with pytest.raises(KeyboardInterrupt), stats.generating("prefill"):
+        time.sleep(0.02)
+        raise KeyboardInterrupt
+    assert stats.seconds.prefill >= stats.seconds.in_prefill.host >= 0.02
+    with stats.clock.during("reading"):
+        time.sleep(0.02)
+    assert stats.seconds.in_decode.reading >= 0.02
+    assert stats.seconds.reading == stats.seconds.in_decode.reading
+    before = stats.copy()
+    with stats.clock.during("reading"):
+        time.sleep(0.02)
+    assert stats.since(before).seconds.in_decode.reading >= 0.02
+    assert before.seconds.in_decode.reading < stats.seconds.in_decode.reading
+
+
+def explained(model: FlashMoEModel, prompt: Any, tokens: int) -> list[float]:
+    """Per decoded token, the sum of its phases over the time that its caller waited for it."""
+    shares = []
+    pieces = model.stream(prompt, tokens, temperature=5.0, seed=2)
+    next(pieces)
+    for _ in range(tokens - 2):
+        before, started = model.stats(), time.perf_counter()
+        next(pieces)
+        wall = time.perf_counter() - started
+        shares.append(model.stats().since(before).seconds.in_decode.total / wall)
+    return shares
+
+
+@pytest.mark.parametrize("cache", ["min", "half", "full"])
+def test_phases_explain_a_token_of_the_demo(demo_store: Path, cache: str) -> None:
+    size = {"min": "min", "half": "10MB", "full": "1GB"}[cache]
+    with FlashMoEModel.from_pretrained(demo_store, cache=size) as model:
+        shares = explained(model, BARN, 60)
+        seconds = model.stats().seconds
+    assert 0.95 <= statistics.median(shares) <= 1
+    # And each phase is in there.
+    assert min(seconds.in_decode.computing, seconds.in_decode.host) > 0
+    assert min(seconds.in_decode.experts, seconds.in_decode.reading) > 0
+    assert seconds.in_prefill.total == pytest.approx(seconds.prefill, rel=0.05)
+    assert seconds.in_decode.total == pytest.approx(seconds.decode, rel=0.05)
+
+
+@pytest.mark.parametrize("kernel", ["reference", *(["cpu"] if NATIVE else [])])
+def test_phases_explain_a_token_with_overlap(wide: Store, kernel: str) -> None:
+    with FlashMoEModel(wide, cache="min", kernel=kernel) as model:
+        shares = explained(model, list(range(20)), 60)
+    assert 0.95 <= statistics.median(shares) <= 1
+
+
+def napping(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(NAP_SECONDS)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def slow_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: type[Any] = NativeReader if NATIVE else ThreadReader
+
+    def open_slow(name: str, *, page_cache: bool) -> Reader:
+        reader: Reader = opened()
+        monkeypatch.setattr(reader, "wait_any", napping(reader.wait_any))
+        return reader
+
+    monkeypatch.setattr(engine, "open_reader", open_slow)
+
+
+def slow_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    select = engine.select_kernel
+
+    def slow_kernel(*args: Any) -> Any:
+        kernel = select(*args)
+        return lambda weights, spec: napping(kernel(weights, spec))
+
+    monkeypatch.setattr(engine, "select_kernel", slow_kernel)
+
+
+def slow_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "LEAST_WEIGHTS", 0)
+    monkeypatch.setattr(native, "matmul", napping(native.matmul))
+
+
+def slow_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "eval", napping(mx.eval))
+
+
+@pytest.fixture(
+    params=[
+        ("reading", slow_reading),
+        ("experts", slow_experts),
+        *([("computing", slow_products)] if NATIVE else []),
+        ("computing", slow_evaluation),
+        ("host", None),
+    ],
+    ids=lambda value: f"{value[0]}-{getattr(value[1], '__name__', 'observer')}",
+)
+def slowed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    phase, slow_down = request.param
+    if slow_down is not None:
+        slow_down(monkeypatch)
+    yield phase
+
+
+def test_a_phase_gets_what_was_spent_in_it(wide: Store, slowed: str) -> None:
+    with FlashMoEModel(wide, cache="min", forecast=False) as model:
+        if slowed == "host":
+            model.observe_routing(lambda layer, experts: time.sleep(NAP_SECONDS))
+        before = model.stats()
+        for number, _ in enumerate(model.stream([1, 2, 3], 6, temperature=5.0, seed=2)):
+            if number == 0:
+                before = model.stats()
+        phases = asdict(model.stats().since(before).seconds.in_decode)
+    # Five tokens, at least one nap each.
+    assert phases[slowed] >= 5 * NAP_SECONDS
+    assert phases[slowed] == max(phases.values()), phases

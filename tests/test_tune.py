@@ -1,0 +1,344 @@
+"""`flashmoe tune`: what is measured, in which time, what is kept and what is printed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from commands import FLASHMOE, Run, assert_one_line
+
+from flashmoe.bench import tune_model, tune_reads
+from flashmoe.bench.decode_run import RunFailed, decode_run
+from flashmoe.bench.records import ordered_batches, record_files
+from flashmoe.bench.tune import tune
+from flashmoe.bench.tune_model import SEGMENTS, segment_rates
+from flashmoe.bench.tune_reads import decode_pattern, settings_for, sweep_pattern
+from flashmoe.errors import OptionError, StoreError
+from flashmoe.io.files import uncached_problem
+from flashmoe.io.select import ReadSettings
+from flashmoe.locate import cache_folder
+from flashmoe.store.reader import open_store
+from flashmoe.tuning import BankChoice, Choice, TuningFile
+
+
+def nothing():
+    pass
+
+
+class TestPatterns:
+    def test_records_in_order(self, good_store):
+        files = record_files(good_store)
+        for size, batches in {1: 8, 2: 4, 3: 2, 4: 2}.items():
+            found = list(ordered_batches(files, size, random.Random(0)))
+            assert len(found) == batches
+            assert len({place for batch in found for place in batch}) == batches * size
+            for batch in found:
+                assert len({path for path, _ in batch}) == 1
+                offsets = [offset for _, offset in batch]
+                steps = {b - a for a, b in pairwise(offsets)}
+                assert steps <= {files.record.stride}
+
+    def test_what_decode_and_sweeps_ask_for(self, demo_store):
+        store = open_store(demo_store)
+        files = record_files(store)
+        decode, sweep = decode_pattern(store, files), sweep_pattern(files)
+        assert (decode.batch, decode.in_order, decode.apart) == (1, False, False)
+        assert (sweep.batch, sweep.in_order, sweep.apart) == (16, True, False)
+
+    @pytest.mark.parametrize("record_bytes", [16 * 1024, 300_000, 7 * 2**20, 3 * 2**30])
+    @pytest.mark.parametrize("page_cache", [True, False])
+    def test_settings(self, record_bytes, page_cache):
+        settings = settings_for(record_bytes, page_cache)
+        assert settings[0] == replace(ReadSettings(), reader="pread")
+        assert len(set(settings)) == len(settings) <= 22
+        assert any(s.reader == "mmap" for s in settings) is page_cache
+        sizes = {s.depth.piece_bytes for s in settings} - {None}
+        assert max(sizes) == min(record_bytes, 2**30)
+
+
+class TestReads:
+    def test_within_the_time(self, demo_store):
+        ticks = []
+        started = time.perf_counter()
+        found = tune_reads.tune_reads(
+            open_store(demo_store), 1.0, tick=lambda: ticks.append(time.perf_counter())
+        )
+        assert time.perf_counter() - started < 10
+        assert len(ticks) >= 8
+        modes = {row.page_cache for row in found.rows}
+        assert modes == ({True} if found.uncached is None else {True, False})
+        for mode in modes:
+            for pattern in ("decode", "sweep"):
+                rows = [r for r in found.rows if (r.page_cache, r.pattern) == (mode, pattern)]
+                assert [row.is_default for row in rows] == [True] + [False] * (len(rows) - 1)
+                assert sum(row.is_chosen for row in rows) == 1
+                assert all(0 < r.slowest <= r.bytes_per_second <= r.fastest for r in rows)
+                assert found.rate(mode, pattern) in [row.bytes_per_second for row in rows]
+
+    def test_a_slow_disk_keeps_the_default(self, demo_store, monkeypatch):
+        # A clock that a measurement takes a minute of.
+        now = [0.0]
+
+        def measure(*args, **options):
+            now[0] += 60
+            return read_for(0.01, *args[1:], **options)
+
+        read_for = tune_reads.read_for
+        monkeypatch.setattr(tune_reads, "read_for", measure)
+        store = open_store(demo_store)
+        found = tune_reads.tune_reads(store, 20.0, clock=lambda: now[0])
+        assert all(row.is_default and row.is_chosen for row in found.rows)
+        # Of each race the warm-up and one of the default.
+        assert now[0] == 60 * 2 * len(found.rows)
+
+    def test_the_fastest_is_chosen(self, demo_store, monkeypatch):
+        class Rate:
+            def __init__(self, rate):
+                self.bytes_per_second = rate
+
+        def measure(seconds, files, batch, opener, *args, **options):
+            setting = opener.args[0]
+            best = ("pread", 16 if batch == 1 else 4, None)
+            depth = setting.depth
+            return Rate(2e9 if (setting.reader, depth.threads, depth.piece_bytes) == best else 1e9)
+
+        monkeypatch.setattr(tune_reads, "read_for", measure)
+        found = tune_reads.tune_reads(open_store(demo_store), 0.5)
+        assert found.cached.decode.depth.threads == 16
+        assert found.cached.sweep.depth.threads == 4
+        assert found.rate(True, "decode") == found.rate(True, "sweep") == 2e9
+
+
+class TestRuns:
+    def test_a_run_in_a_process_of_its_own(self, demo_store):
+        ticks = []
+        choice = Choice(bank=BankChoice(10**7, 1.0, page_cache=True, forecast=False))
+        run = decode_run(
+            demo_store,
+            None,
+            choice,
+            tokens=20,
+            seconds=60.0,
+            limit_seconds=60.0,
+            tick=lambda: ticks.append(1),
+        )
+        assert len(run.token_seconds) == 20
+        assert min(run.token_seconds) > 0
+        assert run.least_bank_bytes <= run.bank_bytes <= run.most_bank_bytes
+        assert ticks
+
+    def test_what_the_model_refuses(self, demo_store):
+        with pytest.raises(RunFailed, match="not enough"):
+            decode_run(
+                demo_store,
+                "1MB",
+                Choice(),
+                tokens=5,
+                seconds=1.0,
+                limit_seconds=60.0,
+                tick=nothing,
+            )
+
+    def test_a_process_that_takes_too_long_is_ended(self, demo_store):
+        started = time.perf_counter()
+        with pytest.raises(RunFailed, match="not loaded and run within 0 seconds"):
+            decode_run(
+                demo_store,
+                None,
+                Choice(),
+                tokens=5,
+                seconds=1.0,
+                limit_seconds=0.1,
+                tick=nothing,
+            )
+        assert time.perf_counter() - started < 5
+
+    def test_segments(self):
+        rates = segment_rates((9.0,) * 4 + (0.5,) * 6 + (0.25,) * 6)
+        assert rates == [2.0] * (SEGMENTS // 2) + [4.0] * (SEGMENTS // 2)
+
+
+class FakeRuns:
+    """Runs of a model whose tokens per second a function of the choice gives."""
+
+    def __init__(self, speed, page_cache=False, full=False):
+        self.speed, self.page_cache, self.full = speed, page_cache, full
+        self.choices = []
+
+    def __call__(self, store, memory, choice, *, tokens, seconds, limit_seconds, tick):
+        self.choices.append(choice)
+        bank = choice.bank
+        share = 1.0 if bank is None else bank.bank_share
+        page_cache = self.page_cache if bank is None else bank.page_cache
+        rate = self.speed(share, page_cache, bank is None or bank.forecast)
+        return tune_model.DecodeRun(
+            token_seconds=(1 / rate,) * (tokens or 40),
+            bank_bytes=int((10**7 if self.full else 5 * 10**6) * share),
+            least_bank_bytes=10**6,
+            most_bank_bytes=10**7,
+            page_cache=page_cache,
+            hit_rate=0.5,
+            bytes_read=1,
+            load_seconds=0.1,
+            peak_memory_bytes=1,
+        )
+
+
+@pytest.fixture
+def model_tuning(demo_store, monkeypatch):
+    """`model_tuning(runs)` is what comes of tuning with those runs."""
+    store = open_store(demo_store)
+    reads = tune_reads.tune_reads(store, 0.1)
+    if reads.uncached is None:
+        pytest.skip(f"{demo_store} is on a file system that needs the page cache")
+
+    def tuned(runs, free_bytes=0):
+        monkeypatch.setattr(tune_model, "decode_run", runs)
+        return tune_model.tune_model(store, reads, None, 1000.0, free_bytes=free_bytes)
+
+    return tuned
+
+
+class TestModel:
+    def test_nothing_is_better(self, model_tuning):
+        runs = FakeRuns(lambda share, page_cache, forecast: 10.0)
+        found = model_tuning(runs)
+        assert found.choice.bank is None
+        assert found.tokens_per_second == pytest.approx(10)
+        assert [row.is_chosen for row in found.rows] == [True, False, False, False]
+        assert [row.page_cache for row in found.rows] == [False, True, True, False]
+        assert [row.forecast for row in found.rows] == [True, True, True, False]
+        assert any("do not fit into free memory" in note for note in found.notes)
+
+    def test_half_the_bank_is_better(self, model_tuning):
+        runs = FakeRuns(lambda share, page_cache, forecast: 12.0 if share < 1 else 10.0)
+        found = model_tuning(runs)
+        assert found.choice.bank == BankChoice(5 * 10**6, 0.5, page_cache=True, forecast=True)
+        assert found.tokens_per_second == pytest.approx(12)
+        assert found.rows[-1].name == "as by default, again"
+
+    def test_no_forecast_is_better(self, model_tuning):
+        runs = FakeRuns(lambda share, page_cache, forecast: 10.0 if forecast else 11.0)
+        found = model_tuning(runs)
+        assert found.choice.bank == BankChoice(5 * 10**6, 1.0, page_cache=False, forecast=False)
+
+    def test_a_machine_that_became_faster(self, model_tuning):
+        speeds = iter((10.0, 12.0, 12.0, 12.0, 12.0))
+        found = model_tuning(FakeRuns(lambda *_: next(speeds)))
+        assert found.choice.bank is None
+        assert found.tokens_per_second == pytest.approx(10)
+
+    def test_a_bank_of_everything(self, model_tuning):
+        runs = FakeRuns(lambda *_: 10.0, page_cache=True, full=True)
+        found = model_tuning(runs, free_bytes=10**12)
+        assert len(runs.choices) == 1
+        assert found.choice.bank is None
+        assert any("holds every expert" in note for note in found.notes)
+        assert any("page cache held all records" in note for note in found.notes)
+
+    def test_a_model_that_does_not_run(self, model_tuning):
+        def fail(*_, **__):
+            raise RunFailed("too slow")
+
+        found = model_tuning(fail)
+        assert (found.choice.bank, found.tokens_per_second, found.rows) == (None, None, ())
+        assert any("too slow" in note for note in found.notes)
+
+
+BRIEF = ("--seconds", "2")
+
+
+def test_the_command_keeps_its_choice(run_cli: Run, demo_store):
+    found = run_cli("tune", demo_store, *BRIEF, "--json").json()
+    file = TuningFile(cache_folder(), open_store(demo_store))
+    assert found["file"] == str(file.path)
+    stored = file.read()
+    assert (
+        json.loads(json.dumps(found["tuning"]))
+        == run_cli("tune", demo_store, "--show", "--json").json()
+    )
+    assert stored.bytes_per_second > 0
+    shown = run_cli("tune", demo_store, "--show").out
+    for part in ("decode, cached", "sweep, cached", "bank", "expected", "GB/s", stored.when):
+        assert part in shown
+    assert stored.when in run_cli("inspect", demo_store).out
+    assert run_cli("inspect", demo_store, "--json").json()["tuned"] == found["tuning"]
+    assert run_cli("tune", demo_store, "--forget").out == "forgotten\n"
+    assert run_cli("tune", demo_store, "--forget").out == "nothing was stored\n"
+    assert run_cli("tune", demo_store, "--forget", "--json").json() == {"forgotten": False}
+    assert "nothing is stored" in run_cli("tune", demo_store, "--show").out
+    assert run_cli("tune", demo_store, "--show", "--json").json() is None
+    assert run_cli("inspect", demo_store, "--json").json()["tuned"] is None
+
+
+def test_what_is_printed(run_cli: Run, demo_store):
+    result = run_cli("tune", demo_store, *BRIEF)
+    assert (result.code, result.err) == (0, "")
+    for part in ("pattern", "GB/s", "default", "chosen", "expected", "tune --forget"):
+        assert part in result.out
+    uncached = uncached_problem(next((demo_store / "experts").iterdir())) is None
+    assert ("decode, uncached" in result.out) or not uncached
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--seconds", "0"], 2, "1 to 3600 seconds, not 0"),
+        (["--seconds", "nan"], 2, "1 to 3600 seconds, not nan"),
+        (["--memory", "lots"], 2, "'lots' is not a size"),
+        (["--show", "--forget"], 2, "exclude"),
+    ],
+)
+def test_impossible_options(run_cli: Run, demo_store, options, code, words):
+    assert_one_line(run_cli("tune", demo_store, *options), code, words)
+
+
+def test_what_is_no_store(run_cli: Run, tmp_path):
+    assert_one_line(run_cli("tune", tmp_path), 1, "not a complete flashmoe store")
+    with pytest.raises(StoreError):
+        tune(tmp_path)
+
+
+def test_seconds_are_bounded(demo_store):
+    with pytest.raises(OptionError, match="not 4000"):
+        tune(demo_store, seconds=4000)
+
+
+def test_interrupted_nothing_is_kept(home, demo_store):
+    command = [str(FLASHMOE), "tune", str(demo_store), "--seconds", "60"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    time.sleep(4)
+    assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    assert not list(home.rglob("*.json"))
+
+
+def test_interrupted_while_the_model_runs(demo_store):
+    """The process that runs the model ends with the one that started it."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from flashmoe.bench.decode_run import decode_run\n"
+        "from flashmoe.tuning import Choice\n"
+        "def tick():\n"
+        "    raise KeyboardInterrupt\n"
+        "try:\n"
+        "    decode_run(Path(sys.argv[1]), None, Choice(), tokens=None, seconds=60.0,\n"
+        "               limit_seconds=60.0, tick=tick)\n"
+        "except KeyboardInterrupt:\n"
+        "    import psutil\n"
+        "    sys.exit(len(psutil.Process().children(recursive=True)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(demo_store)], timeout=60, check=False)
+    assert done.returncode == 0
