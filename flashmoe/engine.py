@@ -94,7 +94,7 @@ class FlashMoEModel:
         skeleton = build_skeleton(store, config)
         self.context = choose_context(config, options.context)
         needs = Needs(store.manifest, config, probed, self.context, widen, widen_records)
-        whole = plan = plan_model(needs, options)
+        plan = plan_model(needs, options)
         self.choice = _find_choice(options, store)
         chosen = choose_bank(options, self.choice, plan)
         if chosen is not None and options.cache is None:
@@ -148,7 +148,7 @@ class FlashMoEModel:
                 plan,
                 self._streaming,
                 found_bytes=found_bytes,
-                left_bytes=whole.bank_bytes - plan.bank_bytes,
+                most_bytes=None if chosen is None or chosen.bank_share == 1 else plan.bank_bytes,
             )
         # Finding routers takes up to a second: not where nothing could be read ahead.
         if wanted_forecast(options, chosen) and self._streaming.reads_ahead:
