@@ -61,7 +61,7 @@ cross: $(VENV)/run.stamp
 	$(BIN)/python scripts/check_cross.py $(CROSS)
 
 bench: setup
-	$(BIN)/flashmoe bench decode
+	$(BIN)/flashmoe bench resident
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info flashmoe/native/*.so

@@ -48,6 +48,8 @@ from flashmoe.model.wanted import wanted_forecast, wanted_page_cache, wanted_rea
 from flashmoe.options import Options
 from flashmoe.repacking.execute import Progress
 from flashmoe.store.reader import Store
+from flashmoe.streaming import budget
+from flashmoe.streaming.parts import ALL_PARTS, Parts
 from flashmoe.streaming.remembered import RememberedBanks
 from flashmoe.streaming.telemetry import Stats
 from flashmoe.tuning import Choice, TuningFile
@@ -67,9 +69,14 @@ class FlashMoEModel:
         self,
         store: Store,
         options: Options | None = None,
+        *,
+        parts: Parts = ALL_PARTS,
         **named: Any,
     ) -> None:
-        """Load an open store, as `options` or options by name say; raises as `from_pretrained`."""
+        """Load an open store, as `options` or options by name say; raises as `from_pretrained`.
+
+        `parts` leaves parts of streaming out, to measure what they bring.
+        """
         options = replace(options or Options(), **named)
         kernel = resolve_kernel(options.kernel)
         config = read_config(store.path)
@@ -98,6 +105,9 @@ class FlashMoEModel:
         )
         reads = wanted_reads(options, self.choice, self.page_cache)
         self.reader = resolve_reader(reads.decode.reader)
+        # After the page cache was decided on, so that all else is as it is with a bank.
+        if not parts.bank:
+            self.memory_plan = budget.least_bank(self.memory_plan, store.manifest)
         mx.set_cache_limit(self.memory_plan.reuse_bytes)
         load_resident(skeleton, store, widen)
         self._stats = Stats()
@@ -125,6 +135,7 @@ class FlashMoEModel:
             widen=widen_records,
             policy=options.policy,
             sweep_reader=self._sweep_reader,
+            parts=parts,
         )
         # Finding routers takes up to a second: not where nothing could be read ahead.
         if wanted_forecast(options, chosen) and self._streaming.reads_ahead:

@@ -33,12 +33,12 @@ class Options:
         where that turns out to pay; by default yes.
     policy: which expert gives way to one that is read: "lru", "clock", "slru", "s3fifo", "lfu",
         or "auto", which is "lfu": it missed least on held-out prompts.
-    tuned: whether what `flashmoe tune` stored for this store and machine decides what is left
-        open here; or a `Choice` that does.
     warm_start: whether the experts that are in the bank at the end are remembered (their numbers,
         in the cache folder, for this store), and read again in free time when the store is next
         loaded with this on. The commands have it on; here it is off, so that what a program
         reads does not depend on what ran before.
+    tuned: whether what `flashmoe tune` stored for this store and machine decides what is left
+        open here; or a `Choice` that does.
 
     Raises OptionError for a value that is wrong for every model.
     """
@@ -52,8 +52,8 @@ class Options:
     page_cache: bool | None = None
     forecast: bool | None = None
     policy: str = "auto"
-    tuned: bool | Choice = True
     warm_start: bool = False
+    tuned: bool | Choice = True
 
     def __post_init__(self) -> None:
         if self.memory is not None:

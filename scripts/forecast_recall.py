@@ -2,10 +2,10 @@
 
     python scripts/forecast_recall.py [MODEL] [--tokens 32]
 
-Answers the prompts of `flashmoe bench decode` greedily, every expert in the bank if it fits, and
-asks each layer's forecaster at every decoded token. Recall is the share of the next layer's routed
-experts that are among the guessed ones: as many as are routed, and twice as many. `same` guesses
-what the next layer chose for the token before, `chance` is what a blind guess would have.
+Answers the questions of `flashmoe bench resident` greedily, every expert in the bank if it fits,
+and asks each layer's forecaster at every decoded token. Recall is the share of the next layer's
+routed experts that are among the guessed ones: as many as are routed, and twice as many. `same`
+guesses what the next layer chose for the token before, `chance` is what a blind guess would have.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe import FlashMoEModel
-from flashmoe.bench.decode import PROMPTS
+from flashmoe.bench.prompts import QUESTIONS
 from flashmoe.checkpoint.architecture import replace_modules
 from flashmoe.checkpoint.config import read_config
 from flashmoe.model.routers import find_forecasters
@@ -58,7 +58,7 @@ def main() -> None:
         observers = {path: Observer(layers[path]) for path in paths}
         replace_modules(model.model, observers)
         session = model.session()
-        for prompt in PROMPTS:
+        for prompt in QUESTIONS:
             for _ in session.stream(prompt, max_new_tokens=options.tokens):
                 pass
         report(forecasters, [observers[path].seen for path in paths])

@@ -22,11 +22,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cgroup import CgroupError, memory_cgroup
 from make_synthetic import find_config, plan_checkpoint, write_checkpoint
 
 import flashmoe
 from flashmoe import FlashMoEError, FlashMoEModel, Sampling, machine, native
+from flashmoe.bench.cgroup import memory_cgroup
 from flashmoe.cli.console import byte_progress
 from flashmoe.kernels.select import resolve_kernel
 from flashmoe.store.reader import Store, is_store, open_store
@@ -232,7 +232,7 @@ def main() -> None:
                 for _ in range(args.rounds)
                 for subject in subjects
             ]
-    except (FlashMoEError, CgroupError) as error:
+    except FlashMoEError as error:
         sys.exit(f"error: {error}")
     if args.json:
         print(json.dumps({"streamed_bytes": store.manifest.streamed_bytes, "runs": reports}))

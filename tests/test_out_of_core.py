@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cgroup
 import out_of_core
 import pytest
 from checkpoints import save_speaking
 
 from flashmoe import native
+from flashmoe.bench import cgroup
 
 SCRIPT = Path(out_of_core.__file__)
 

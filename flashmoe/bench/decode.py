@@ -1,134 +1,184 @@
-"""Decode speed of one model over bank sizes, beside the same weights resident in stock mlx-lm."""
+"""Decode speed over memory sizes, each in a fresh process, cold and then warm."""
 
 from __future__ import annotations
 
-import contextlib
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import mlx.core as mx
-from mlx_lm.utils import load_model
+from flashmoe.bench.cache import SHARES, bench_cache
+from flashmoe.bench.child import run_in_child
+from flashmoe.bench.disk import Disk, DiskRate
+from flashmoe.bench.figures import PassFigures, pass_figures
+from flashmoe.bench.point import Point, PointRun
+from flashmoe.bench.prompts import PROMPTS
+from flashmoe.bench.records import cached_share, evict
+from flashmoe.bench.trace_file import read_trace
+from flashmoe.errors import OptionError
+from flashmoe.generation.session import Sampling
+from flashmoe.options import Options
+from flashmoe.store.reader import Store, open_store
+from flashmoe.streaming.parts import ALL_PARTS
+from flashmoe.units import parse_size
 
-from flashmoe.demo import DEMO_FOLDER
-from flashmoe.engine import FlashMoEModel
-from flashmoe.generation.session import Session
-from flashmoe.locate import open_model
-from flashmoe.store.reader import is_store
-from flashmoe.streaming.telemetry import Stats
+COLD, WARM = "cold", "warm"
 
-PROMPTS = (
-    "What is a barn?",
-    "What is the capital of the United States?",
-    "Define scent.",
-    "What is a violin?",
-    "What does it mean to walk?",
-    "Define river.",
-)
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class DecodeResult:
-    """One bank size, or the resident model (`bank_bytes` None).
+class Asked:
+    """What every point of a run is asked: prompts, each a conversation of its own.
 
-    `tokens_per_second` is the median over rounds of decoded tokens by decode time, `slowest` and
-    `fastest` its extremes; `ratio` divides it by the resident model's (None without one).
+    Answers have up to `max_tokens` tokens, sampled at `temperature` with the same seeds for
+    every point; `template`: whether prompts become user messages. `cgroup_bytes` is the memory
+    cgroup that each process is put into, page cache included.
     """
 
-    name: str
-    bank_bytes: int | None
+    prompts: tuple[str, ...] = PROMPTS
+    max_tokens: int = 128
+    temperature: float = 0.0
+    template: bool = True
+    cgroup_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        Sampling(self.temperature)
+        if self.max_tokens < 2:
+            raise OptionError("max-tokens must be at least 2: the first one is not decoded")
+
+
+@dataclass(frozen=True)
+class DecodePoint:
+    """One memory size: the number given (None: the default, or a bank of a given size), the
+    bank's with its share of all experts, and the process's peak. `passes`: first cold, with an
+    empty bank and page cache, then the same prompts again, warm."""
+
+    memory_bytes: int | None
+    bank_bytes: int
+    bank_share: float
+    peak_memory_bytes: int
+    page_cache: bool
+    passes: tuple[PassFigures, ...]
+
+
+@dataclass(frozen=True)
+class HitRates:
+    """What the recorded routing hits in a bank of that share of all experts, empty at first:
+    with the default policy, and at best (Belady)."""
+
+    bank_share: float
     hit_rate: float
-    bytes_read_per_token: float
-    tokens_per_second: float
-    slowest: float
-    fastest: float
-    ratio: float | None
+    belady: float
 
 
-@dataclass
-class _Subject:
-    """Something to measure, and what its rounds gave."""
+@dataclass(frozen=True)
+class DecodeReport:
+    """All points of a store, and if its routing was recorded, its hit rates at any size."""
 
-    name: str
-    bank_bytes: int | None
-    session: Session
-    stats: Stats
-    rates: list[float] = field(default_factory=list)
-    spent: list[Stats] = field(default_factory=list)
+    store: str
+    streamed_bytes: int
+    prompts: int
+    max_tokens: int
+    cgroup_bytes: int | None
+    disk: DiskRate
+    notes: tuple[str, ...]
+    points: tuple[DecodePoint, ...]
+    hit_rates: tuple[HitRates, ...]
 
 
 def bench_decode(
-    path_or_id: str | Path | None,
+    folder: str | Path,
+    sizes: Sequence[Options],
+    asked: Asked,
     *,
-    prompts: Sequence[str] = PROMPTS,
-    max_tokens: int = 32,
-    rounds: int = 5,
-) -> list[DecodeResult]:
-    """Answer `prompts` greedily in `rounds` rounds after one of warm-up.
+    record: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> DecodeReport:
+    """Answer the prompts with each of `sizes` (memory or cache, and all other options).
 
-    The subjects take turns within a round, so that a machine that speeds up or slows down does
-    so for all of them; they are all in memory at once. The page cache is warm: this shows the
-    engine's own cost and not the disk's. The resident model takes part when `path_or_id` is an
-    MLX checkpoint folder (or the demo).
+    Points and samples of the disk take turns. With `record`, one more pass of the first point
+    records its routing, to be replayed over all bank sizes. `progress(done, total)` counts
+    thousandths of a point. Raises what opening a store and answering raise.
     """
-    store = open_model(path_or_id)
-    checkpoint = Path(DEMO_FOLDER if path_or_id is None else path_or_id)
-    with FlashMoEModel(store, cache="min", dtype="float32") as model:
-        least, most = model.memory_plan.least_bank_bytes, model.memory_plan.most_bank_bytes
-    sizes = {"min": least, "half": max(least, most // 2), "full": most}
-    with contextlib.ExitStack() as stack:
-        subjects = []
-        for name, bank_bytes in sizes.items():
-            model = stack.enter_context(FlashMoEModel(store, cache=bank_bytes, dtype="float32"))
-            subjects.append(_Subject(name, model.bank_bytes, model.session(), model.live_stats))
-        if checkpoint.is_dir() and not is_store(checkpoint):
-            subjects.insert(0, _resident(checkpoint, model))
-        for number in range(rounds + 1):
-            for subject in subjects:
-                _answer(subject, prompts, max_tokens)
-                if number == 0:
-                    subject.rates.clear()
-                    subject.spent.clear()
-    base = statistics.median(subjects[0].rates) if subjects[0].bank_bytes is None else None
-    return [_summarise(subject, base) for subject in subjects]
+    store = open_store(folder)
+    total = 1000 * len(sizes)
+    progress(0, total)
+    disk = Disk(store)
+    notes = page_cache_notes(store)
+    runs: list[PointRun] = []
+    with tempfile.TemporaryDirectory(prefix="flashmoe-") as scratch:
+        trace = Path(scratch, "routing.trace")
+        for number, options in enumerate(sizes):
+            point = point_of(store, options, asked, (COLD, WARM))
+            if record and number == 0:
+                point = replace(point, trace=str(trace))
+            evict(store_files(store))
+
+            def say(share: float, first: int = 1000 * number) -> None:
+                progress(first + round(1000 * share), total)
+
+            runs.append(run_in_child(point, cgroup_bytes=asked.cgroup_bytes, progress=say))
+            disk.sample()
+        hit_rates = _hit_rates(trace) if record else ()
+    progress(total, total)
+    rate = disk.rate()
+    return DecodeReport(
+        store=str(folder),
+        streamed_bytes=store.manifest.streamed_bytes,
+        prompts=len(asked.prompts),
+        max_tokens=asked.max_tokens,
+        cgroup_bytes=asked.cgroup_bytes,
+        disk=rate,
+        notes=(*disk.notes, *notes),
+        points=tuple(_point(options, run, rate) for options, run in zip(sizes, runs, strict=True)),
+        hit_rates=hit_rates,
+    )
 
 
-def _resident(checkpoint: Path, model: FlashMoEModel) -> _Subject:
-    """Stock mlx-lm with every weight in memory, driven by the same loop."""
-    resident, _ = load_model(checkpoint)
-    resident.set_dtype(mx.float32)
-    mx.eval(resident.parameters())
-    stats = Stats()
-    chunk = model.memory_plan.prompts.chunk_tokens
-    session = Session(resident, model.tokenizer, stats, context=model.context, chunk=chunk)
-    return _Subject("resident", None, session, stats)
+def point_of(store: Store, options: Options, asked: Asked, passes: tuple[str, ...]) -> Point:
+    """A point with every part of the engine on."""
+    return Point(
+        store=str(store.path),
+        options=asdict(options),
+        parts=asdict(ALL_PARTS),
+        prompts=asked.prompts,
+        passes=passes,
+        max_tokens=asked.max_tokens,
+        temperature=asked.temperature,
+        template=asked.template,
+    )
 
 
-def _answer(subject: _Subject, prompts: Sequence[str], max_tokens: int) -> None:
-    before = subject.stats.copy()
-    for prompt in prompts:
-        for _piece in subject.session.stream(prompt, max_new_tokens=max_tokens):
-            pass
-    spent = subject.stats.since(before)
-    # The first token of each answer comes out of the prompt, not out of a decode step.
-    subject.rates.append((spent.tokens - len(prompts)) / spent.seconds.decode)
-    subject.spent.append(spent)
+def store_files(store: Store) -> list[Path]:
+    """Every file of a store, as far as the page cache may hold it."""
+    return [path for path in store.path.rglob("*") if path.is_file()]
 
 
-def _summarise(subject: _Subject, base: float | None) -> DecodeResult:
-    hits = sum(spent.hits for spent in subject.spent)
-    accesses = hits + sum(spent.misses for spent in subject.spent)
-    fed = sum(spent.tokens + spent.prompt_tokens for spent in subject.spent)
-    median = statistics.median(subject.rates)
-    is_resident = subject.bank_bytes is None
-    return DecodeResult(
-        name=subject.name,
-        bank_bytes=subject.bank_bytes,
-        hit_rate=hits / accesses if accesses else 1.0,
-        bytes_read_per_token=sum(spent.bytes_read for spent in subject.spent) / fed,
-        tokens_per_second=median,
-        slowest=min(subject.rates),
-        fastest=max(subject.rates),
-        ratio=median / base if base and not is_resident else None,
+def page_cache_notes(store: Store) -> list[str]:
+    """Empties the store out of the page cache; what there is to say about that."""
+    files = [store.file(layer.layout.file) for layer in store.manifest.layers]
+    if not evict(store_files(store)):
+        return ["the page cache cannot be emptied here without root: no point is cold to it"]
+    left = cached_share(files)
+    return [f"{left:.1%} of the records stayed in the page cache when it was emptied"] * (left > 0)
+
+
+def _hit_rates(trace: Path) -> tuple[HitRates, ...]:
+    report = bench_cache(trace, shares=(*SHARES, 1.0), decode_only=True)
+    experts = sum(layer.n_experts for layer in read_trace(trace).layers)
+    return tuple(
+        HitRates(sum(result.slots) / experts, result.hit_rates[report.default], result.belady)
+        for result in report.results
+    )
+
+
+def _point(options: Options, run: PointRun, rate: DiskRate) -> DecodePoint:
+    return DecodePoint(
+        memory_bytes=None if options.memory is None else parse_size(options.memory),
+        bank_bytes=run.bank_bytes,
+        bank_share=run.bank_bytes / run.most_bank_bytes,
+        peak_memory_bytes=run.peak_memory_bytes,
+        page_cache=run.page_cache,
+        passes=tuple(pass_figures(taken, rate.bytes_per_second) for taken in run.passes),
     )

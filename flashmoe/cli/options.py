@@ -101,19 +101,19 @@ Policy = Annotated[
         help="Which expert gives way in the bank: auto, lru, clock, slru, s3fifo or lfu.",
     ),
 ]
-Tuned = Annotated[
-    bool,
-    typer.Option(
-        "--tuned/--no-tuned",
-        help="Leave what is not said here to what flashmoe tune stored, if it did.",
-    ),
-]
 WarmStart = Annotated[
     bool,
     typer.Option(
         "--warm-start/--no-warm-start",
         help="Remember which experts were in memory at the end, and read those again while the "
         "next run begins.",
+    ),
+]
+Tuned = Annotated[
+    bool,
+    typer.Option(
+        "--tuned/--no-tuned",
+        help="Leave what is not said here to what flashmoe tune stored, if it did.",
     ),
 ]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Also print hits, misses and bytes read.")]
@@ -132,14 +132,15 @@ class EngineOptions:
     page_cache: PageCache = None
     forecast: Forecast = None
     policy: Policy = "auto"
-    tuned: Tuned = True
     warm_start: WarmStart = True
+    tuned: Tuned = True
 
 
 def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
     """`command` with the fields of `EngineOptions` in place of its parameter `engine`, which
-    receives them as one object."""
+    receives them as one object; those that it has a parameter of its own for keep their default."""
     hints = get_type_hints(EngineOptions, include_extras=True)
+    own = inspect.signature(command, eval_str=True).parameters
     named = {
         field.name: inspect.Parameter(
             field.name,
@@ -148,9 +149,10 @@ def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
             annotation=hints[field.name],
         )
         for field in fields(EngineOptions)
+        if field.name not in own
     }
     parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+    for parameter in own.values():
         if parameter.name == "engine":
             parameters += named.values()
         else:

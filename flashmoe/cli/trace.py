@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from flashmoe.cli import options
-from flashmoe.errors import PromptError
 from flashmoe.units import format_count, format_size
 
 
@@ -40,21 +39,21 @@ def trace(
     Every prompt is a conversation of its own. Example:
     flashmoe trace demo.flashmoe demo.trace --prompts questions.txt
     """
+    from flashmoe.bench.prompts import QUESTIONS, read_prompts
     from flashmoe.cli.console import late_progress, print_json
     from flashmoe.cli.console import out as console
     from flashmoe.generation.session import Sampling, check_max_tokens
 
     check_max_tokens(max_tokens)
     sampling = Sampling(temp, seed=seed)
-    texts = None if prompts is None else _read_prompts(prompts)
+    texts = QUESTIONS if prompts is None else read_prompts(prompts)
     loaded = options.load(model, engine, quiet=json)
-    from flashmoe.bench.decode import PROMPTS
     from flashmoe.bench.trace import record_routing
 
     with loaded, late_progress("answering", quiet=json) as progress:
         summary = record_routing(
             loaded,
-            PROMPTS if texts is None else texts,
+            texts,
             out,
             max_tokens=max_tokens,
             sampling=sampling,
@@ -70,15 +69,3 @@ def trace(
         f"in {summary.layers} layers, {format_size(summary.file_bytes)}",
         markup=False,
     )
-
-
-def _read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not blank."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise PromptError(f"{path} is not valid UTF-8") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise PromptError(f"{path} has no prompts; write one per line")
-    return prompts

@@ -29,8 +29,10 @@ from flashmoe.store.reader import Store
 from flashmoe.streaming.bank import LayerBank
 from flashmoe.streaming.experts import StreamedExperts
 from flashmoe.streaming.forecast import Foresight, Guess, Trial
+from flashmoe.streaming.parts import ALL_PARTS, Parts
 from flashmoe.streaming.sweep import Staging, Sweep
 from flashmoe.streaming.telemetry import Stats
+from flashmoe.streaming.whole import WholeLayer
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ def stream_experts(
     widen: bool,
     policy: str = "auto",
     sweep_reader: Reader | None = None,
+    parts: Parts = ALL_PARTS,
 ) -> StreamingModel:
     """Replace every routed-expert module of `model` with one over a bank of its own.
 
@@ -189,16 +192,19 @@ def stream_experts(
         )
         spec = _spec(layout, module)
         bind = partial(_bind, kernel, prompt_kernel, spec)
+        path = store.file(layout.file)
         sweep = None
         if group_records:
             if layout.record not in stagings:
                 stagings[layout.record] = Staging(layout.record, group_records, widen)
             staging = stagings[layout.record]
             forwards = [prompt_kernel(group.weights, spec) for group in staging.groups]
-            path = store.file(layout.file)
             sweep = Sweep(path, layout, sweep_reader or reader, stats, bank, staging, forwards)
         children = extra_children(module)
-        streamed[layout.path] = StreamedExperts(bank, bind, stats, children, sweep)
+        whole = None if parts.routed else WholeLayer(path, layout, reader, stats, bank)
+        streamed[layout.path] = StreamedExperts(
+            bank, bind, stats, children, sweep, overlap=parts.overlap, whole=whole
+        )
         banks.append(bank)
     replace_modules(model, streamed)
     return StreamingModel(model, tuple(streamed.values()), tuple(banks), tuple(stagings.values()))

@@ -399,6 +399,7 @@ class LayerBank:
         early = self._unused.intersection(experts)
         self._unused -= early
         right = len(early) + sum(expert in self._ahead for expert in missing)
+        self._stats.bytes_absent += self._layer.record.stride * (len(early) + len(missing))
         self.guessed_right += right
         self._stats.guessed_right += right
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flashmoe.errors import MemoryBudgetError
 from flashmoe.store.layout import LayerLayout
@@ -275,6 +275,12 @@ def plan_memory(
             enough,
         )
     return plan
+
+
+def least_bank(plan: MemoryPlan, manifest: Manifest) -> MemoryPlan:
+    """The same plan with a bank of one token's needs; what that leaves stays unused."""
+    slots = tuple(layer.layout.top_k for layer in manifest.layers)
+    return replace(plan, slots=slots, bank_bytes=plan.least_bank_bytes)
 
 
 def _total_for(fixed_bytes: int) -> int:

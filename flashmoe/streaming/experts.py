@@ -16,6 +16,7 @@ from flashmoe.streaming.bank import LayerBank
 from flashmoe.streaming.forecast import Foresight
 from flashmoe.streaming.sweep import Sweep
 from flashmoe.streaming.telemetry import Stats
+from flashmoe.streaming.whole import WholeLayer
 
 # A bank's arrays as the kernels for single tokens and for prompts see them.
 Bind = Callable[[Mapping[str, mx.array]], tuple[ExpertForward, ExpertForward]]
@@ -31,7 +32,8 @@ class StreamedExperts(nn.Module):
     resident parts of the replaced module (activation, norms), kept under their names. What
     needs more experts than one token does goes through `sweep`, or without one through the bank,
     and meets the second of the kernels that `bind` gives. `observer`, when set, is called with
-    each call's routed experts [..., k].
+    each call's routed experts [..., k]. To be measured, `overlap` can be off, and `whole` reads
+    the records that a token does not need, too.
     """
 
     def __init__(
@@ -41,6 +43,8 @@ class StreamedExperts(nn.Module):
         stats: Stats,
         children: Mapping[str, Any],
         sweep: Sweep | None = None,
+        overlap: bool = True,
+        whole: WholeLayer | None = None,
     ) -> None:
         super().__init__()
         for name, child in children.items():
@@ -50,6 +54,8 @@ class StreamedExperts(nn.Module):
         self._forwards: tuple[ExpertForward, ExpertForward] | None = bind(bank.memory.weights)
         self._stats = stats
         self._sweep = sweep
+        self._overlap = overlap
+        self._whole = whole
         # Set where the next layer's experts can be guessed.
         self.foresight: Foresight | None = None
         self.observer: Callable[[npt.NDArray[Any]], None] | None = None
@@ -75,6 +81,8 @@ class StreamedExperts(nn.Module):
             if self._sweep is not None:
                 return self._sweep(x, experts, self._forward(prompt=True))
             return self._run_grouped(x, experts, distinct)
+        if one_token and self._whole is not None:
+            self._whole(distinct.tolist())
         if one_token and self.reads_apart:
             y = self._run_overlapped(x, experts, guess)
         else:
@@ -101,13 +109,15 @@ class StreamedExperts(nn.Module):
 
     @property
     def reads_apart(self) -> bool:
-        """Whether records are so large that computing and reading overlap."""
-        return self._bank.record_bytes >= APART_BYTES
+        """Whether computing and reading overlap: records are large enough, and it is not off."""
+        return self._overlap and self._bank.record_bytes >= APART_BYTES
 
     def close(self) -> None:
         """Give the bank's memory back; calls raise FlashMoEError afterwards."""
         self._forwards = None
         self._sweep = None
+        if self._whole is not None:
+            self._whole.close()
         self._bank.close()
 
     def _forward(self, *, prompt: bool) -> ExpertForward:

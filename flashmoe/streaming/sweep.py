@@ -179,6 +179,7 @@ class Sweep:
         self._stats.hits += n_experts - n_missing
         self._stats.misses += n_missing
         self._stats.bytes_demanded += n_experts * self._layer.record.stride
+        self._stats.bytes_absent += n_missing * self._layer.record.stride
 
     def _submit(self, experts: Ints, number: int) -> Ticket:
         """Begin to read a run of records, one after the other on disk, into a staging group."""

@@ -63,7 +63,9 @@ class Stats:
 
     An access is one distinct expert needed by one layer call: a `hit` when its record is in
     the bank, else a `miss`. `bytes_demanded` counts the record bytes of all accesses,
-    `bytes_read` those that came from disk. `tokens` counts generated tokens.
+    `bytes_read` those that came from disk, and `bytes_absent` what of the demand was in memory
+    for no earlier demand: misses, and what was read ahead for this one. `tokens` counts
+    generated tokens.
 
     A guess is a record that was asked for before a layer needed it. `guessed` counts them,
     `guessed_right` those that a layer needed before they had to give way, and `unguessed` the
@@ -82,6 +84,7 @@ class Stats:
     misses: int = 0
     bytes_read: int = 0
     bytes_demanded: int = 0
+    bytes_absent: int = 0
     guessed: int = 0
     guessed_right: int = 0
     unguessed: int = 0

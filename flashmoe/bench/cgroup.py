@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flashmoe.errors import FlashMoEError
+
 V1 = Path("/sys/fs/cgroup/memory")
 V2 = Path("/sys/fs/cgroup")
 PATIENCE_SECONDS = 5.0
 
 
-class CgroupError(Exception):
+class CgroupError(FlashMoEError):
     """No memory cgroup can be made here; the text says why."""
 
 

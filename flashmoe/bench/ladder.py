@@ -1,0 +1,175 @@
+"""What each part of the engine brings: the same answers with one part more at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from flashmoe.bench.child import run_in_child
+from flashmoe.bench.decode import COLD, Asked, Progress, page_cache_notes, point_of, store_files
+from flashmoe.bench.disk import Disk, DiskRate
+from flashmoe.bench.figures import PassFigures, pass_figures
+from flashmoe.bench.point import PointRun
+from flashmoe.bench.records import evict
+from flashmoe.errors import FlashMoEError
+from flashmoe.options import Options
+from flashmoe.store.reader import Store, open_store
+from flashmoe.streaming.experts import APART_BYTES
+from flashmoe.streaming.parts import Parts
+
+TARGET = 3.2
+# A rung ends after so long; the first one reads whole layers.
+RUNG_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A rung's name, and what is on."""
+
+    name: str
+    parts: Parts
+    forecast: bool = False
+
+
+STEPS = (
+    Step("naive", Parts(routed=False, bank=False, overlap=False)),
+    Step("routed only", Parts(bank=False, overlap=False)),
+    Step("bank", Parts(overlap=False)),
+    Step("overlap", Parts()),
+    Step("forecast", Parts(), forecast=True),
+)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One rung: what is on beside the rung before, in `parts` and `forecast`, and its figures.
+
+    `of_naive` and `of_previous` divide its median tokens per second by those of the first rung
+    and of the one before.
+    """
+
+    name: str
+    parts: Parts
+    forecast: bool
+    bank_bytes: int
+    peak_memory_bytes: int
+    page_cache: bool
+    figures: PassFigures
+    of_naive: float
+    of_previous: float
+
+
+@dataclass(frozen=True)
+class LadderReport:
+    """All rungs, of which the last is the engine as it is; `reached`: at least `target` times as
+    fast as the first."""
+
+    store: str
+    streamed_bytes: int
+    memory: str | int | None
+    prompts: int
+    max_tokens: int
+    cgroup_bytes: int | None
+    disk: DiskRate
+    notes: tuple[str, ...]
+    rungs: tuple[Rung, ...]
+    target: float
+    reached: bool
+
+
+def bench_ladder(
+    folder: str | Path,
+    options: Options,
+    asked: Asked,
+    *,
+    rung_seconds: float = RUNG_SECONDS,
+    progress: Progress = lambda done, total: None,
+) -> LadderReport:
+    """Answer the prompts once per rung, each in a fresh process, cold, in the same memory.
+
+    A rung that takes longer than `rung_seconds` decodes fewer tokens. Raises FlashMoEError
+    when rungs give different tokens, and what opening a store and answering raise.
+    """
+    store = open_store(folder)
+    total = 1000 * len(STEPS)
+    progress(0, total)
+    disk = Disk(store)
+    notes = [*page_cache_notes(store), *_notes(store)]
+    runs: list[PointRun] = []
+    for number, step in enumerate(STEPS):
+        point = replace(
+            point_of(store, replace(options, forecast=step.forecast), asked, (COLD,)),
+            parts=asdict(step.parts),
+            most_seconds=rung_seconds,
+        )
+        evict(store_files(store))
+
+        def say(share: float, first: int = 1000 * number) -> None:
+            progress(first + round(1000 * share), total)
+
+        runs.append(run_in_child(point, cgroup_bytes=asked.cgroup_bytes, progress=say))
+        check_same_answers(runs[0], runs[-1], step.name)
+        disk.sample()
+    progress(total, total)
+    rate = disk.rate()
+    rungs = _rungs(runs, rate.bytes_per_second)
+    return LadderReport(
+        store=str(folder),
+        streamed_bytes=store.manifest.streamed_bytes,
+        memory=options.memory,
+        prompts=len(asked.prompts),
+        max_tokens=asked.max_tokens,
+        cgroup_bytes=asked.cgroup_bytes,
+        disk=rate,
+        notes=(*disk.notes, *notes),
+        rungs=tuple(rungs),
+        target=TARGET,
+        reached=rungs[-1].of_naive >= TARGET,
+    )
+
+
+def check_same_answers(one: PointRun, other: PointRun, name: str) -> None:
+    """Raise FlashMoEError unless two runs agree as far as both have answered."""
+    pairs = zip(one.passes[0].answers, other.passes[0].answers, strict=False)
+    for number, (expected, found) in enumerate(pairs):
+        length = min(len(expected), len(found))
+        if expected[:length] != found[:length]:
+            raise FlashMoEError(
+                f"the rung {name!r} answered question {number + 1} with other tokens than the "
+                "first rung: please report it"
+            )
+
+
+def _notes(store: Store) -> list[str]:
+    notes = ["no rung for tuned options: none are stored for this store and machine"]
+    smallest = min(layer.layout.record.stride for layer in store.manifest.layers)
+    if smallest < APART_BYTES:
+        notes.append(
+            f"records below {APART_BYTES // 1024} KiB are read as one batch: "
+            "overlap and forecast have no part in them"
+        )
+    return notes
+
+
+def _rungs(runs: Sequence[PointRun], disk_bytes_per_second: float) -> list[Rung]:
+    rungs: list[Rung] = []
+    for step, run in zip(STEPS, runs, strict=True):
+        figures = pass_figures(run.passes[0], disk_bytes_per_second)
+        rate = figures.tokens_per_second.median
+        first = rungs[0].figures.tokens_per_second.median if rungs else rate
+        before = rungs[-1].figures.tokens_per_second.median if rungs else rate
+        rungs.append(
+            Rung(
+                name=step.name,
+                parts=step.parts,
+                forecast=step.forecast,
+                bank_bytes=run.bank_bytes,
+                peak_memory_bytes=run.peak_memory_bytes,
+                page_cache=run.page_cache,
+                figures=figures,
+                of_naive=rate / first,
+                of_previous=rate / before,
+            )
+        )
+    return rungs

@@ -1,0 +1,127 @@
+"""Pictures of `bench decode`; matplotlib, an optional dependency, is imported when one is drawn."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flashmoe.bench.decode import DecodePoint, DecodeReport
+from flashmoe.bench.figures import PassFigures
+from flashmoe.bench.ladder import LadderReport
+from flashmoe.errors import OptionError
+from flashmoe.units import format_size
+
+SUFFIXES = (".png", ".svg")
+# One colour per phase, in the order of `PassFigures.phases`.
+COLOURS = ("#4c78a8", "#72b7b2", "#e45756", "#b0b0b0")
+
+
+def check_plot(path: Path) -> None:
+    """Raise OptionError unless a picture can be drawn and written there."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise OptionError(f"a plot is a .png or .svg file, not {path.name}")
+    if not path.parent.is_dir():
+        raise OptionError(f"{path.parent} is no folder to write a plot into")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OptionError("a plot needs matplotlib: pip install 'flashmoe[plots]'")
+
+
+def plot_decode(report: DecodeReport, path: Path) -> None:
+    """Tokens per second against memory, time per token by phase, hit rate against bank size."""
+    figure, (speed, phases, hits) = _panels(3)
+    speed.set_title("decode speed")
+    speed.set_xlabel("memory (GB)")
+    speed.set_ylabel("tokens per second, p10 to p90")
+    for number, name in enumerate(dict.fromkeys(p.name for p in report.points[0].passes)):
+        points = sorted(report.points, key=_memory)
+        sizes = [_memory(point) / 1e9 for point in points]
+        _draw_speeds(speed, sizes, [point.passes[number] for point in points], name)
+    speed.set_ylim(bottom=0)
+    speed.legend()
+    bars = [(_label(point, taken), taken) for point in report.points for taken in point.passes]
+    _draw_phases(phases, bars)
+    hits.set_title("hit rate")
+    hits.set_xlabel("bank, share of all experts")
+    shares = [rates.bank_share for rates in report.hit_rates]
+    hits.plot(shares, [r.belady for r in report.hit_rates], "--", color="#888888", label="Belady")
+    hits.plot(shares, [r.hit_rate for r in report.hit_rates], color="#4c78a8", label="replayed")
+    for number, marker in enumerate("ox"[: len(report.points[0].passes)]):
+        passes = [point.passes[number] for point in report.points]
+        hits.plot(
+            [point.bank_share for point in report.points],
+            [figures.hit_rate for figures in passes],
+            marker,
+            color="#e45756",
+            label=f"measured, {passes[0].name}",
+        )
+    hits.set_ylim(0, 1.05)
+    hits.legend()
+    _save(figure, path)
+
+
+def plot_ladder(report: LadderReport, path: Path) -> None:
+    """Tokens per second and time per token by phase, rung by rung."""
+    figure, (speed, phases) = _panels(2)
+    speed.set_title("decode speed")
+    speed.set_ylabel("tokens per second, p10 to p90")
+    rates = [rung.figures.tokens_per_second for rung in report.rungs]
+    medians = [rate.median for rate in rates]
+    speed.bar(
+        [rung.name for rung in report.rungs],
+        medians,
+        yerr=_errors([rung.figures for rung in report.rungs]),
+        color="#4c78a8",
+    )
+    for place, rung in enumerate(report.rungs):
+        speed.annotate(f"{rung.of_naive:.2f}x", (place, medians[place] / 2), ha="center")
+    _draw_phases(phases, [(rung.name, rung.figures) for rung in report.rungs])
+    _save(figure, path)
+
+
+def _panels(count: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * count, 4.2), layout="constrained")
+    return figure, figure.subplots(1, count)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=120)
+
+
+def _memory(point: DecodePoint) -> int:
+    """What a point was given, or else what it took."""
+    return point.peak_memory_bytes if point.memory_bytes is None else point.memory_bytes
+
+
+def _label(point: DecodePoint, taken: PassFigures) -> str:
+    return f"{format_size(_memory(point))}\n{taken.name}"
+
+
+def _errors(passes: Sequence[PassFigures]) -> list[list[float]]:
+    """How far below and above the medians the percentiles are."""
+    rates = [figures.tokens_per_second for figures in passes]
+    return [
+        [rate.median - rate.p10 for rate in rates],
+        [rate.p90 - rate.median for rate in rates],
+    ]
+
+
+def _draw_speeds(axes: Any, sizes: list[float], passes: list[PassFigures], name: str) -> None:
+    medians = [figures.tokens_per_second.median for figures in passes]
+    axes.errorbar(sizes, medians, yerr=_errors(passes), marker="o", capsize=3, label=name)
+
+
+def _draw_phases(axes: Any, bars: Sequence[tuple[str, PassFigures]]) -> None:
+    axes.set_title("time per token")
+    axes.set_ylabel("milliseconds")
+    places = range(len(bars))
+    bottoms = [0.0] * len(bars)
+    for phase, colour in zip(bars[0][1].phases, COLOURS, strict=True):
+        heights = [1000 * figures.phases[phase] for _, figures in bars]
+        axes.bar(places, heights, bottom=bottoms, label=phase, color=colour)
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    axes.set_xticks(list(places), [label for label, _ in bars])
+    axes.legend()
