@@ -46,7 +46,12 @@ def plot_decode(report: DecodeReport, path: Path) -> None:
     hits.set_xlabel("bank, share of all experts")
     shares = [rates.bank_share for rates in report.hit_rates]
     hits.plot(shares, [r.belady for r in report.hit_rates], "--", color="#888888", label="Belady")
-    hits.plot(shares, [r.hit_rate for r in report.hit_rates], color="#4c78a8", label="replayed")
+    hits.plot(
+        shares,
+        [r.hit_rate for r in report.hit_rates],
+        color="#4c78a8",
+        label="replayed, empty at first",
+    )
     for number, marker in enumerate("ox"[: len(report.points[0].passes)]):
         passes = [point.passes[number] for point in report.points]
         hits.plot(
