@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         ReadError,
         SourceError,
         StoreError,
+        StoreInUseError,
     )
     from flashmoe.generation.session import Piece, Sampling, Session
     from flashmoe.options import Options
@@ -45,6 +46,7 @@ __all__ = [
     "SourceError",
     "Stats",
     "StoreError",
+    "StoreInUseError",
     "StoreSummary",
     "VerifyReport",
     "inspect",

@@ -3,6 +3,7 @@
 FlashMoEError
 ├── SourceError         a checkpoint or trace cannot be found, read or understood
 ├── StoreError          a store is missing, incomplete, damaged or of another version
+├── StoreInUseError     another process runs this store (carries its pid)
 ├── ReadError           bytes of an open file could not be read (carries path, offset, errno)
 │   └── ReadCancelled   a read was dropped before it began
 ├── MemoryBudgetError   what was asked for does not fit (carries the least that would)
@@ -23,6 +24,17 @@ class SourceError(FlashMoEError):
 
 class StoreError(FlashMoEError):
     """A store is missing, incomplete, damaged or written by another version."""
+
+
+class StoreInUseError(FlashMoEError):
+    """Another process runs this store; `pid` is which."""
+
+    def __init__(self, path: str, pid: int) -> None:
+        super().__init__(
+            f"{path} is in use by process {pid}; wait for it to end, or give --share "
+            "(share=True in Python) to run both"
+        )
+        self.pid = pid
 
 
 class ReadError(FlashMoEError):

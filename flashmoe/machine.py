@@ -104,6 +104,26 @@ _V1 = _Files(
 )
 
 
+def memory_is_short() -> bool:
+    """Whether the system itself says so, as macOS does; elsewhere it never does."""
+    if sys.platform != "darwin":
+        return False
+    # 1 is normal, 2 a warning, 4 critical.
+    level = ctypes.c_int(1)
+    size = ctypes.c_size_t(ctypes.sizeof(level))
+    name = b"kern.memorystatus_vm_pressure_level"
+    sysctl = ctypes.CDLL(None).sysctlbyname
+    failed = sysctl(name, ctypes.byref(level), ctypes.byref(size), None, ctypes.c_size_t(0))
+    return failed == 0 and level.value > 1
+
+
+def release_freed_memory() -> None:
+    """Have the C library give back what it keeps of freed memory, where it can be told to."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def usable_cores() -> int:
     """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):

@@ -268,9 +268,34 @@ def test_resident_bytes():
 
 def test_scratch_bytes():
     sizes = {"chunk": 256, "context": 4096, "width": 2048, "heads": 16, "vocabulary": 151_936}
-    fused = scratch_bytes(**sizes, top_k=8, materialized_scores=False, swept=False)
-    assert fused == 4 * 256 * 2048 * 72 + 16 * 151_936
-    whole = scratch_bytes(**sizes, top_k=8, materialized_scores=True, swept=False)
+    fused = scratch_bytes(**sizes, top_k=8, held_scores=False, swept=False)
+    assert fused == 4 * 256 * 2048 * 72 + 3 * 256 * 4096 + 16 * 151_936
+    whole = scratch_bytes(**sizes, top_k=8, held_scores=True, swept=False)
     assert whole - fused == 12 * 16 * 256 * 4096
-    swept = scratch_bytes(**sizes, top_k=8, materialized_scores=False, swept=True)
+    swept = scratch_bytes(**sizes, top_k=8, held_scores=False, swept=True)
     assert fused - swept == 4 * 256 * 2048 * 3 * 8
+
+
+class TestLending:
+    """The KV cache's memory is in the bank until it is needed."""
+
+    def test_what_is_lendable_goes_to_the_bank(self):
+        plan_ = plan(FIXED_BYTES + 8000, lendable_bytes=7000)
+        assert (plan_.bank_bytes, plan_.lent_bytes) == (15_000, 7000)
+        assert plan_.planned_bytes == plan_.total_bytes
+
+    def test_a_full_bank_needs_less(self):
+        plan_ = plan(FIXED_BYTES + 20_000, lendable_bytes=7000)
+        assert (plan_.bank_bytes, plan_.lent_bytes) == (24_000, 4000)
+        plan_ = plan(FIXED_BYTES + 30_000, lendable_bytes=7000)
+        assert (plan_.bank_bytes, plan_.lent_bytes) == (24_000, 0)
+
+    def test_what_does_not_fit_at_full_context_is_refused(self):
+        with pytest.raises(MemoryBudgetError):
+            plan(FIXED_BYTES + 5999, lendable_bytes=10**6)
+        assert plan(FIXED_BYTES + 6000, lendable_bytes=1000).slots == (3, 2, 2)
+
+    def test_a_given_bank_is_lent_nothing(self):
+        plan_ = plan(FIXED_BYTES + 20_000, 7000, lendable_bytes=7000)
+        assert (plan_.bank_bytes, plan_.lent_bytes) == (7000, 0)
+        assert plan(lendable_bytes=7000).lent_bytes == 0

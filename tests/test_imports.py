@@ -158,5 +158,5 @@ def test_unknown_names():
 
 def test_errors_are_one_tree():
     errors = [getattr(flashmoe, name) for name in flashmoe.__all__ if name.endswith("Error")]
-    assert len(errors) == 7
+    assert len(errors) == 8
     assert all(issubclass(error, flashmoe.FlashMoEError) for error in errors)

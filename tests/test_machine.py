@@ -1,5 +1,10 @@
 """What control groups leave, from files as Linux writes them."""
 
+import ctypes
+import sys
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from flashmoe import machine
@@ -114,3 +119,42 @@ def test_the_smaller_of_machine_and_group(monkeypatch):
     assert machine.usable_memory_bytes() == 12_345
     monkeypatch.setattr(machine, "cgroup_memory_left", lambda: None)
     assert machine.usable_memory_bytes() > available / 2
+
+
+def test_only_a_mac_says_that_memory_is_short() -> None:
+    if sys.platform != "darwin":
+        assert not machine.memory_is_short()
+    assert isinstance(machine.memory_is_short(), bool)
+
+
+@pytest.mark.parametrize(("level", "short"), [(1, False), (2, True), (4, True)])
+def test_the_levels_of_a_mac(level: int, short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a stand-in for sysctlbyname; no Mac has run this."""
+
+    def sysctlbyname(name: bytes, old: Any, size: Any, new: None, n_new: Any) -> int:
+        assert name == b"kern.memorystatus_vm_pressure_level"
+        assert (size._obj.value, n_new.value) == (4, 0)
+        old._obj.value = level
+        return 0
+
+    libc = SimpleNamespace(sysctlbyname=sysctlbyname)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: libc)
+    assert machine.memory_is_short() == short
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc can be told to")
+def test_freed_memory_goes_back() -> None:
+    before = machine.resident_set_bytes()
+    # Too small for mappings of their own, and something stays behind them.
+    blocks = [bytearray(60_000) for _ in range(1000)]
+    kept = blocks[::50]
+    del blocks
+    machine.release_freed_memory()
+    assert machine.resident_set_bytes() - before < 10_000_000
+    assert len(kept) == 20
+
+
+def test_a_c_library_that_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    machine.release_freed_memory()

@@ -101,6 +101,10 @@ Policy = Annotated[
         help="Which expert gives way in the bank: auto, lru, clock, slru, s3fifo or lfu.",
     ),
 ]
+Share = Annotated[
+    bool,
+    typer.Option("--share", help="Run although another process runs the same store."),
+]
 WarmStart = Annotated[
     bool,
     typer.Option(
@@ -114,6 +118,22 @@ Tuned = Annotated[
     typer.Option(
         "--tuned/--no-tuned",
         help="Leave what is not said here to what flashmoe tune stored, if it did.",
+    ),
+]
+ExpertsPerToken = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="LOSSY: route every token to N experts, fewer than the model was trained with.",
+        show_default=False,
+    ),
+]
+RouteBias = Annotated[
+    float,
+    typer.Option(
+        metavar="B",
+        help="LOSSY: while decoding, prefer experts in memory whose router logit is at most B "
+        "lower. Output then depends on what is in memory. 0 is off.",
     ),
 ]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Also print hits, misses and bytes read.")]
@@ -132,8 +152,11 @@ class EngineOptions:
     page_cache: PageCache = None
     forecast: Forecast = None
     policy: Policy = "auto"
+    share: Share = False
     warm_start: WarmStart = True
     tuned: Tuned = True
+    experts_per_token: ExpertsPerToken = None
+    route_bias: RouteBias = 0.0
 
 
 Command = Callable[..., None]

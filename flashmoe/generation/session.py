@@ -13,7 +13,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from flashmoe.errors import OptionError, PromptError
 from flashmoe.generation.prompt import Prompt, encode_prompt
-from flashmoe.generation.steps import Progress, TokenState, generate_tokens
+from flashmoe.generation.steps import BeforeStep, Progress, TokenState, generate_tokens
 from flashmoe.streaming.telemetry import Stats
 
 DEFAULT_MAX_TOKENS = 256
@@ -77,12 +77,19 @@ class Session:
     """Generates with one model, feeding only what earlier turns have not already fed."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, stats: Stats, *, context: int, chunk: int
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        stats: Stats,
+        *,
+        context: int,
+        chunk: int,
+        before_step: BeforeStep | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._stats = stats
         self._context = context
-        self._state = TokenState(model, stats, chunk)
+        self._state = TokenState(model, stats, chunk, before_step)
 
     def stream(
         self,

@@ -16,6 +16,8 @@ from flashmoe.streaming.telemetry import Stats
 
 Sampler = Callable[[mx.array], mx.array]
 Progress = Callable[[int, int], None]
+# Told before tokens are fed: how many are known, how many come, and the bytes that caches have.
+BeforeStep = Callable[[int, int, Callable[[], int]], None]
 
 
 class TokenState:
@@ -25,11 +27,18 @@ class TokenState:
     notices and starts anew the next time it is used.
     """
 
-    def __init__(self, model: nn.Module, stats: Stats, chunk: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        stats: Stats,
+        chunk: int,
+        before_step: BeforeStep | None = None,
+    ) -> None:
         self.ids: list[int] = []
         self._model = model
         self._stats = stats
         self._chunk = chunk
+        self._before_step = before_step
         self._cache: list[Any] = make_prompt_cache(model)
         self._output_layers = output_layers(model)
         self._n_layers = sum(isinstance(m, StreamedExperts) for m in model.modules())
@@ -75,7 +84,14 @@ class TokenState:
             progress(len(ids), len(ids))
         return logits
 
+    def held_bytes(self) -> int:
+        """Memory of the caches."""
+        arrays = (getattr(cache, "state", None) for cache in _flatten(self._cache))
+        return sum(array.nbytes for array in _arrays(list(arrays)))
+
     def _forward(self, ids: Sequence[int], *, logits: bool) -> mx.array:
+        if self._before_step is not None:
+            self._before_step(len(self.ids), len(ids), self.held_bytes)
         self._torn = True
         # Before the last token only the caches matter: the LM head is never computed.
         with left_lazy(() if logits else self._output_layers):
@@ -121,6 +137,14 @@ def _flatten(caches: Sequence[Any]) -> Iterator[Any]:
             yield cache
         else:
             yield from _flatten(inner)
+
+
+def _arrays(tree: Any) -> Iterator[mx.array]:
+    if isinstance(tree, mx.array):
+        yield tree
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from _arrays(item)
 
 
 def generate_tokens(

@@ -9,6 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
 
 from flashmoe.checkpoint.architecture import (
     build_resident,
@@ -20,7 +22,7 @@ from flashmoe.checkpoint.architecture import (
 from flashmoe.checkpoint.config import Config
 from flashmoe.errors import StoreError
 from flashmoe.io.reader import Reader
-from flashmoe.kernels.attention import attending_class
+from flashmoe.kernels.attention import attend, replace_attention
 from flashmoe.kernels.contract import ExpertForward, ExpertKernel, ExpertSpec, ProjectionPacking
 from flashmoe.kernels.linear import native_twin
 from flashmoe.phases import PhaseClock
@@ -58,6 +60,19 @@ class StreamingModel:
         for layer, guess, bank in zip(self.layers, guesses, self.banks[1:], strict=False):
             if guess is not None and layer.reads_apart and bank.reads_ahead:
                 layer.foresight = Foresight(guess, bank, trial)
+
+    def slots(self) -> list[int]:
+        """How many slots each layer's bank has."""
+        return [bank.memory.n_slots for bank in self.banks]
+
+    def uses(self) -> list[npt.NDArray[np.int64]]:
+        """How often single tokens used each expert of each layer."""
+        return [layer.uses for layer in self.layers]
+
+    @property
+    def resizes_in_place(self) -> bool:
+        """Whether banks change their size without new arrays, which makes that cheap."""
+        return all(bank.memory.reserves for bank in self.banks)
 
     def resize(self, slots: Sequence[int]) -> None:
         """Have so many slots in each layer's bank; those that shrink do so first.
@@ -142,14 +157,7 @@ def use_native_linears(model: nn.Module, clock: PhaseClock | None = None) -> Non
 def use_native_attention(model: nn.Module, clock: PhaseClock | None = None) -> None:
     """Have the attention modules of `model` attend through the library where it covers that;
     `clock` is told of its time."""
-    made: dict[type, type | None] = {}
-    for module in model.modules():
-        kind = type(module)
-        if kind not in made:
-            made[kind] = attending_class(module, clock)
-        if made[kind] is not None:
-            # Other modules may hold this very module, so it stays the one it is.
-            object.__setattr__(module, "__class__", made[kind])
+    replace_attention(model, partial(attend, clock=clock))
 
 
 def stream_experts(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import mlx.core as mx
 
 from flashmoe import machine
 from flashmoe.checkpoint.architecture import Routing
-from flashmoe.checkpoint.caches import cache_bytes
+from flashmoe.checkpoint.caches import STEP_TOKENS, cache_bytes
 from flashmoe.checkpoint.config import Config, largest
 from flashmoe.errors import OptionError
+from flashmoe.model.load import StreamingModel
 from flashmoe.options import Options
+from flashmoe.store.layout import LayerLayout
 from flashmoe.store.manifest import Manifest
 from flashmoe.streaming import budget
+from flashmoe.streaming.balance import Balance
+from flashmoe.streaming.governor import LOOK_TOKENS, Governor, Limits
 from flashmoe.tuning import BankChoice, Choice
 from flashmoe.units import parse_size
 
@@ -42,56 +46,138 @@ def choose_widening(config: Config, dtype: str) -> bool:
     return dtype == "float32"
 
 
-def plan_model(
-    manifest: Manifest,
-    config: Config,
-    probed: Routing,
-    options: Options,
-    *,
-    widen: bool,
-    widen_records: bool,
-) -> budget.MemoryPlan:
+@dataclass(frozen=True)
+class Needs:
+    """What a model takes beside its bank.
+
+    `widen` and `widen_records`: whether resident weights and records become float32;
+    `held_scores`: whether attention holds scores for all keys at once.
+    """
+
+    manifest: Manifest
+    config: Config
+    probed: Routing
+    context: int
+    widen: bool
+    widen_records: bool
+    held_scores: bool
+
+    @cached_property
+    def layouts(self) -> list[LayerLayout]:
+        return [layer.layout for layer in self.manifest.layers]
+
+    @cached_property
+    def demands(self) -> list[budget.LayerDemand]:
+        """What the layers' banks may be made of."""
+        return budget.layer_demands(self.layouts, self.widen_records)
+
+    def kv_bytes(self, tokens: int, *, filled: bool = False) -> int:
+        """The caches of all layers; see `cache_bytes`."""
+        return cache_bytes(self.probed.caches, tokens, filled=filled) // self._narrowing
+
+    def largest_kv_bytes(self, tokens: int) -> int:
+        """The cache of the layer with the largest one."""
+        caches = self.probed.caches
+        return max(cache_bytes([cache], tokens) for cache in caches) // self._narrowing
+
+    def scratch_bytes(self, chunk: int, context: int, *, swept: bool) -> int:
+        """What feeding `chunk` tokens takes on top, with `context` tokens in the caches then."""
+        return budget.scratch_bytes(
+            chunk=chunk,
+            context=context,
+            width=self.probed.width,
+            heads=largest(self.config, "num_attention_heads"),
+            vocabulary=self.probed.vocabulary,
+            top_k=max(layout.top_k for layout in self.layouts),
+            held_scores=self.held_scores,
+            swept=swept,
+        )
+
+    @cached_property
+    def _narrowing(self) -> int:
+        """The probe's caches are float32; what runs has 16-bit ones where activations are."""
+        tensors = [tensor.dtype for shard in self.manifest.resident for tensor in shard.tensors]
+        narrow = ("BF16" in tensors or "F16" in tensors) and "F32" not in tensors
+        return 2 if narrow and not self.widen else 1
+
+
+def plan_model(needs: Needs, options: Options) -> budget.MemoryPlan:
     """Where every byte of a model goes that runs in this process.
 
-    `widen` and `widen_records`: whether resident weights and records become float32. Raises
-    MemoryBudgetError, naming the least that would fit, and what `choose_context` raises.
+    Raises MemoryBudgetError, naming the least that would fit.
     """
-    context = choose_context(config, options.context)
-    layouts = [layer.layout for layer in manifest.layers]
-    demands = budget.layer_demands(layouts, widen_records)
-    bank_bytes = _bank_bytes(options.cache, demands)
+    bank_bytes = _bank_bytes(options.cache, needs.demands)
     total_bytes = parse_size(options.memory) if options.memory is not None else None
     if total_bytes is None and bank_bytes is None:
         total_bytes = machine.resident_set_bytes() + int(
             machine.usable_memory_bytes() * DEFAULT_MEMORY_SHARE
         )
-    staging_bytes = budget.all_staging_bytes(layouts, widen_records)
+    staging_bytes = budget.all_staging_bytes(needs.layouts, needs.widen_records)
 
     def scratch(chunk: int, swept: bool) -> int:
-        return staging_bytes + budget.scratch_bytes(
-            chunk=chunk,
-            context=context,
-            width=probed.width,
-            heads=largest(config, "num_attention_heads"),
-            vocabulary=probed.vocabulary,
-            top_k=max(layout.top_k for layout in layouts),
-            materialized_scores=mx.default_device() == mx.cpu,
-            swept=swept,
-        )
+        return staging_bytes + needs.scratch_bytes(chunk, needs.context, swept=swept)
 
+    kv_bytes = needs.kv_bytes(needs.context)
     return budget.plan_memory(
         total_bytes=total_bytes,
         bank_bytes=bank_bytes,
         process_bytes=machine.resident_set_bytes() + budget.SLACK_BYTES,
-        resident_bytes=budget.resident_bytes(manifest, widen),
-        kv_bytes=_kv_bytes(probed.caches, context, manifest, widen),
+        resident_bytes=budget.resident_bytes(needs.manifest, needs.widen),
+        kv_bytes=kv_bytes,
         prompts=budget.prompt_plans(
             scratch,
-            context=context,
-            group_bytes=budget.group_bytes(layouts, widen_records),
-            most_records=max(layout.n_experts for layout in layouts),
+            context=needs.context,
+            group_bytes=budget.group_bytes(needs.layouts, needs.widen_records),
+            most_records=max(layout.n_experts for layout in needs.layouts),
         ),
-        demands=demands,
+        demands=needs.demands,
+        lendable_bytes=kv_bytes - needs.kv_bytes(1),
+    )
+
+
+def govern(
+    needs: Needs,
+    plan: budget.MemoryPlan,
+    streaming: StreamingModel,
+    *,
+    found_bytes: int,
+    left_bytes: int = 0,
+) -> Governor:
+    """What keeps a loaded model at the number of its plan.
+
+    `found_bytes`: the memory that this process had and could have had before it was loaded;
+    `left_bytes` of the number are left to the page cache.
+    """
+    assert plan.total_bytes is not None
+    in_place = streaming.resizes_in_place
+    swept = plan.prompts.group_records > 0
+
+    def coming(known: int, new: int, held: int) -> int:
+        # Where resizing is dear, what prompts need is not lent to the banks between them.
+        fed = new if in_place else max(new, plan.prompts.chunk_tokens)
+        scratch = needs.scratch_bytes(fed, known + new, swept=swept)
+        # As far as the next look.
+        tokens = known + new + LOOK_TOKENS
+        if needs.kv_bytes(tokens, filled=True) <= held:
+            return scratch
+        # Behind a part of a step, mlx-lm adds whole ones.
+        tokens += STEP_TOKENS - 1
+        # A layer's cache exists twice while it grows, and keys and values wait for being written.
+        growing = max(needs.kv_bytes(tokens) - held, 0) + 2 * needs.largest_kv_bytes(tokens)
+        return scratch + growing
+
+    return Governor(
+        Limits.of(
+            plan.total_bytes - left_bytes,
+            needs.demands,
+            found_bytes=found_bytes,
+            in_place=in_place,
+        ),
+        needs.demands,
+        slots=streaming.slots,
+        resize=streaming.resize,
+        coming=coming,
+        balance=Balance(needs.demands, streaming.uses) if in_place else None,
     )
 
 
@@ -105,26 +191,16 @@ def choose_bank(options: Options, choice: Choice, plan: budget.MemoryPlan) -> Ba
     return choice.bank if choice.bank.holds_for(round(plan.bank_bytes / share)) else None
 
 
-def shrink_bank(
-    plan: budget.MemoryPlan, manifest: Manifest, share: float, *, widen_records: bool
-) -> budget.MemoryPlan:
+def shrink_bank(needs: Needs, plan: budget.MemoryPlan, share: float) -> budget.MemoryPlan:
     """A plan whose bank has that share of its bytes, but never less than one token's needs.
 
     Nothing else changes: another chunk size would change results.
     """
-    layouts = [layer.layout for layer in manifest.layers]
-    demands = budget.layer_demands(layouts, widen_records)
     smaller = max(plan.least_bank_bytes, int(plan.bank_bytes * share))
-    slots = budget.share_slots(demands, smaller)
-    used = sum(n * demand.slot_bytes for n, demand in zip(slots, demands, strict=True))
-    return replace(plan, slots=slots, bank_bytes=used)
-
-
-def _kv_bytes(caches: list[Any], context: int, manifest: Manifest, widen: bool) -> int:
-    """The probe's caches are float32; what runs has 16-bit ones where activations are 16-bit."""
-    tensors = [tensor.dtype for shard in manifest.resident for tensor in shard.tensors]
-    narrow = not widen and ("BF16" in tensors or "F16" in tensors) and "F32" not in tensors
-    return cache_bytes(caches, context) // (2 if narrow else 1)
+    slots = budget.share_slots(needs.demands, smaller)
+    used = sum(n * demand.slot_bytes for n, demand in zip(slots, needs.demands, strict=True))
+    lent = max(0, used - (plan.bank_bytes - plan.lent_bytes))
+    return replace(plan, slots=slots, bank_bytes=used, lent_bytes=lent)
 
 
 def _bank_bytes(cache: str | int | None, demands: list[budget.LayerDemand]) -> int | None:

@@ -21,6 +21,7 @@ from flashmoe.checkpoint.architecture import (
 from flashmoe.checkpoint.config import Config
 from flashmoe.dtypes import dtype_name
 from flashmoe.errors import SourceError
+from flashmoe.repacking.parts import Parts
 from flashmoe.store.layout import LayerLayout, Quantization, TensorSpec, lay_out_record
 
 SHARD_BYTES = 2 * 2**30
@@ -38,13 +39,15 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class RepackPlan:
-    """Every file of the store to be, with the packing of each resident quantized module."""
+    """Every file of the store to be, with the packing of each resident quantized module and the
+    part of the model (a key of `recipe.PARTS`) that each module belongs to."""
 
     model_type: str
     parameters: int
     layers: tuple[LayerLayout, ...]
     resident: tuple[ShardPlan, ...]
     quantization: dict[str, Quantization]
+    parts: dict[str, str]
 
     @property
     def total_bytes(self) -> int:
@@ -87,6 +90,7 @@ def plan_repack(model: nn.Module, config: Config, routing: Routing) -> RepackPla
         layers=layers,
         resident=_shards(resident),
         quantization=_resident_quantization(model, experts),
+        parts=_parts(model),
     )
     _check_loadable(plan, config)
     return plan
@@ -126,6 +130,11 @@ def _plan_layer(index: int, path: str, module: nn.Module, top_k: int) -> LayerLa
 
 def _packing_of(module: nn.Module) -> Quantization:
     return Quantization(module.bits, module.group_size, getattr(module, "mode", "affine"))
+
+
+def _parts(model: nn.Module) -> dict[str, str]:
+    parts = Parts(model)
+    return {path: parts.of(path) for path, _ in model.named_modules()}
 
 
 def _resident_quantization(

@@ -49,6 +49,7 @@ class LayerBank:
         """`most_slots`: up to how many slots `resize` should be cheap, as `SlotMemory` says."""
         self.group = layer.top_k
         self.record_bytes = layer.record.stride
+        self.n_experts = layer.n_experts
         if n_slots < self.group:
             raise ValueError(f"{layer.path} needs at least {self.group} slots, not {n_slots}")
         self.memory = SlotMemory(layer.record, n_slots, self.group, widen, most_slots)
@@ -120,8 +121,10 @@ class LayerBank:
             for ticket, arrival in begun:
                 ticket.cancel()
                 arrivals.append(arrival)
-            self._reader.drain()
-            self._lose(arrivals)
+            try:
+                self._reader.drain()
+            finally:
+                self._lose(arrivals)
             raise
         # In the order of the call: landing has none that would come again.
         for expert in experts:
@@ -236,6 +239,12 @@ class LayerBank:
         """All experts that are in a slot."""
         experts: list[int] = np.flatnonzero(self._slot_of != ABSENT).tolist()
         return experts
+
+    def residency(self) -> npt.NDArray[np.bool_]:
+        """Which experts [n_experts] are in a slot now."""
+        self._harvest()
+        held: npt.NDArray[np.bool_] = self._slot_of != ABSENT
+        return held
 
     def slot_table(self) -> npt.NDArray[np.int32]:
         """The slot of each expert [n_experts], or ABSENT, as it is now.

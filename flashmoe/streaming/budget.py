@@ -62,7 +62,8 @@ class PromptPlan:
 class MemoryPlan:
     """Where every byte goes; `total_bytes` is None when only the bank's size was given.
 
-    `prompts` is how prompts are fed, with its scratch and staging.
+    `prompts` is how prompts are fed, with its scratch and staging. `lent_bytes` of `kv_bytes`
+    are in the bank until the KV cache needs them.
     """
 
     total_bytes: int | None
@@ -75,6 +76,7 @@ class MemoryPlan:
     bank_bytes: int
     least_bank_bytes: int
     most_bank_bytes: int
+    lent_bytes: int = 0
 
     @property
     def planned_bytes(self) -> int:
@@ -85,6 +87,7 @@ class MemoryPlan:
             + self.prompts.nbytes
             + self.reuse_bytes
             + self.bank_bytes
+            - self.lent_bytes
         )
 
 
@@ -125,7 +128,7 @@ def scratch_bytes(
     heads: int,
     vocabulary: int,
     top_k: int,
-    materialized_scores: bool,
+    held_scores: bool,
     swept: bool,
 ) -> int:
     """An upper estimate of what evaluating one prompt chunk needs beside weights and caches.
@@ -133,11 +136,11 @@ def scratch_bytes(
     Expert outputs [chunk, top_k, width] float32 exist about six times at once through the bank
     (parts, their concatenation, the reordered and the weighted copy, and their inputs) and three
     times in a sweep, other activations [chunk, width] about 24 times; attention scores
-    [heads, chunk, context] three times where attention is not fused; logits of one token four
-    times while sampling.
+    [heads, chunk, context] three times where they are held for all keys at once, masks [chunk,
+    context] of one byte three times; logits of one token four times while sampling.
     """
     activations = 4 * chunk * width * ((3 if swept else 6) * top_k + 24)
-    scores = 12 * heads * chunk * context if materialized_scores else 0
+    scores = chunk * context * (3 + (12 * heads if held_scores else 0))
     return activations + scores + 16 * vocabulary
 
 
@@ -230,10 +233,13 @@ def plan_memory(
     kv_bytes: int,
     prompts: Sequence[PromptPlan],
     demands: Sequence[LayerDemand],
+    lendable_bytes: int = 0,
 ) -> MemoryPlan:
     """Share `total_bytes` out; `bank_bytes` fixes the bank instead of giving it the rest.
 
-    `prompts` are the ways to feed prompts, the least demanding first.
+    Of `kv_bytes`, the bank has `lendable_bytes` as long as they are not needed, but for what
+    it cannot give back: one token's needs. `prompts` are the ways to feed prompts, the least
+    demanding first.
 
     Raises MemoryBudgetError, naming the least that would fit, when something does not.
     """
@@ -244,6 +250,7 @@ def plan_memory(
         needed = process_bytes + resident_bytes + kv_bytes + reuse + prompts[0].nbytes
         spare = total_bytes - needed - (least if bank_bytes is None else bank_bytes)
     chosen = choose_prompts(prompts, spare)
+    lent = 0
     if bank_bytes is not None:
         slots = share_slots(demands, bank_bytes)
     elif total_bytes is None:
@@ -251,8 +258,11 @@ def plan_memory(
     else:
         fixed = process_bytes + resident_bytes + kv_bytes + chosen.nbytes + reuse
         rest = total_bytes - fixed
-        slots = share_slots(demands, rest) if rest >= least else tuple(d.least for d in demands)
-    used = sum(n * demand.slot_bytes for n, demand in zip(slots, demands, strict=True))
+        slots = tuple(demand.least for demand in demands)
+        if rest >= least:
+            slots = share_slots(demands, rest + lendable_bytes)
+            lent = max(0, _slots_bytes(slots, demands) - rest)
+    used = _slots_bytes(slots, demands)
     plan = MemoryPlan(
         total_bytes,
         process_bytes,
@@ -264,6 +274,7 @@ def plan_memory(
         used,
         least,
         most_bank_bytes(demands),
+        lent,
     )
     if total_bytes is not None and plan.planned_bytes > total_bytes:
         enough = _total_for(plan.planned_bytes - reuse) + JITTER_BYTES
@@ -280,7 +291,11 @@ def plan_memory(
 def least_bank(plan: MemoryPlan, manifest: Manifest) -> MemoryPlan:
     """The same plan with a bank of one token's needs; what that leaves stays unused."""
     slots = tuple(layer.layout.top_k for layer in manifest.layers)
-    return replace(plan, slots=slots, bank_bytes=plan.least_bank_bytes)
+    return replace(plan, slots=slots, bank_bytes=plan.least_bank_bytes, lent_bytes=0)
+
+
+def _slots_bytes(slots: Sequence[int], demands: Sequence[LayerDemand]) -> int:
+    return sum(n * demand.slot_bytes for n, demand in zip(slots, demands, strict=True))
 
 
 def _total_for(fixed_bytes: int) -> int:

@@ -54,6 +54,8 @@ class StreamedExperts(nn.Module):
         self._forwards: tuple[ExpertForward, ExpertForward] | None = bind(bank.memory.weights)
         self._stats = stats
         self._sweep = sweep
+        # How often single tokens used each expert.
+        self._uses = np.zeros(bank.n_experts, np.int64)
         self._overlap = overlap
         self._whole = whole
         # Set where the next layer's experts can be guessed.
@@ -81,6 +83,8 @@ class StreamedExperts(nn.Module):
             if self._sweep is not None:
                 return self._sweep(x, experts, self._forward(prompt=True))
             return self._run_grouped(x, experts, distinct)
+        if one_token:
+            self._uses[distinct] += 1
         if one_token and self._whole is not None:
             self._whole(distinct.tolist())
         if one_token and self.reads_apart:
@@ -94,6 +98,11 @@ class StreamedExperts(nn.Module):
     def bank(self) -> LayerBank:
         """Where the experts are."""
         return self._bank
+
+    @property
+    def uses(self) -> npt.NDArray[np.int64]:
+        """How often single tokens used each expert [n_experts]; the caller may make them less."""
+        return self._uses
 
     def resize(self, n_slots: int) -> None:
         """Have a bank of so many slots; raises what `LayerBank.resize` does. Not while called."""

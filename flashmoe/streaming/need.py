@@ -48,6 +48,11 @@ def lfu_hit_curve(steps: Iterable[Step], n_experts: int) -> HitCurve:
     uses = np.zeros(n_experts, np.int64)
     for step in steps:
         uses[list(step)] += 1
+    return use_hit_curve(uses)
+
+
+def use_hit_curve(uses: npt.NDArray[np.int64]) -> HitCurve:
+    """`lfu_hit_curve` from the counters alone: how often each expert was used [n_experts]."""
     return np.concatenate([[0], np.cumsum(np.sort(uses)[::-1])])
 
 

@@ -47,36 +47,19 @@ def reserve(n_words: int) -> mx.array | None:
     return array if give_back(memory, 0) else None
 
 
-class _Hollow:
-    """A .npy file of uint64 [n_words] whose content stays what the buffers it is read into hold."""
+class _Hollow(io.BytesIO):
+    """A .npy file of uint64 [n_words] whose content stays what the buffers it is read into hold.
 
-    closed = False
+    A Ctrl-C in what MLX calls beside `readinto` would be lost: that is left to C.
+    """
 
     def __init__(self, n_words: int) -> None:
-        header = io.BytesIO()
+        super().__init__()
         form = {"descr": "<u8", "fortran_order": False, "shape": (n_words,)}
-        np.lib.format.write_array_header_1_0(header, form)
-        self._header = header.getvalue()
-        self._size = len(self._header) + 8 * n_words
-        self._at = 0
+        np.lib.format.write_array_header_1_0(self, form)
+        self.seek(0)
 
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
-
-    def read(self, size: int) -> bytes:
-        part = self._header[self._at : self._at + size]
-        self._at += len(part)
-        return part
-
-    def readinto(self, buffer: memoryview) -> int:
-        part = self._header[self._at : self._at + len(buffer)]
-        buffer[: len(part)] = part
-        self._at += len(buffer)
+    def readinto(self, buffer: Any) -> int:
+        of_header = super().readinto(buffer)
+        self.seek(len(buffer) - of_header, io.SEEK_CUR)
         return len(buffer)

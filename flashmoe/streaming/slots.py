@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
+from flashmoe import machine
 from flashmoe.dtypes import FLOATING, MLX_DTYPES, shared_bytes
 from flashmoe.io.reader import Scatter, address_of
 from flashmoe.store.layout import (
@@ -106,6 +107,8 @@ class SlotMemory:
             assert not widened or component.dtype in FLOATING
             rows_bytes = n_rows * align(component.nbytes, COMPONENT_ALIGN_BYTES)
             staging = memoryview(mmap.mmap(-1, rows_bytes)) if widened else None
+            if staging is not None:
+                touch(staging, 0, rows_bytes)
             array = None
             if most_slots is not None:
                 array = _reserve(max(n_slots, most_slots), size)
@@ -156,8 +159,9 @@ class SlotMemory:
                 self._places[number] = replace(place, slots=memory)
                 self._set_weights(place.component, held, array)
                 del place
-                # Freed memory that MLX keeps for itself would be no memory given back.
+                # What MLX or the allocator keep for themselves would not be given back.
                 mx.clear_cache()
+                machine.release_freed_memory()
         self.n_slots = n_slots
 
     def release(self) -> None:
