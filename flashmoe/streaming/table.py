@@ -72,6 +72,11 @@ class SlotTable:
         """Slots that hold no expert."""
         return len(self._free)
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether every expert of the layer is in a slot."""
+        return bool((self._slot_of != ABSENT).all())
+
     def held(self) -> list[int]:
         """All experts that are in a slot."""
         experts: list[int] = np.flatnonzero(self._slot_of != ABSENT).tolist()
