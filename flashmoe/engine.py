@@ -21,10 +21,11 @@ from flashmoe import machine
 from flashmoe.checkpoint.architecture import probe_routing
 from flashmoe.checkpoint.config import read_config
 from flashmoe.checkpoint.tokenizer import load_tokenizer
+from flashmoe.checkpoint.top_k import with_experts_per_token
 from flashmoe.errors import FlashMoEError
 from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
-from flashmoe.io.reader import Reader
+from flashmoe.io.reader import ReadCounters, Reader
 from flashmoe.io.select import choose_page_cache, open_reader, resolve_reader
 from flashmoe.kernels.select import resolve_kernel, select_kernel, select_prompt_kernel
 from flashmoe.locate import cache_folder, lock_folder, open_model
@@ -45,10 +46,13 @@ from flashmoe.model.memory import (
     plan_model,
     shrink_bank,
 )
+from flashmoe.model.route_bias import find_steerable, prefer_resident
 from flashmoe.model.routers import find_forecasters
+from flashmoe.model.scores import ScoresProbe
 from flashmoe.model.wanted import wanted_forecast, wanted_page_cache, wanted_reads
 from flashmoe.options import Options
 from flashmoe.repacking.execute import Progress
+from flashmoe.repacking.recipe import Recipe
 from flashmoe.store.claim import claim
 from flashmoe.store.reader import Store
 from flashmoe.streaming import budget
@@ -66,7 +70,8 @@ class FlashMoEModel:
 
     Attributes: `model` the mlx-lm module (`model.model(tokens[None])` gives logits), `tokenizer`
     mlx-lm's wrapper, `store` the open store, `memory_plan` where each byte goes, `reader` and
-    `page_cache` how records are read, `choice` what decides options that were left open.
+    `page_cache` how records are read, `choice` what decides options that were left open, `lossy`
+    what makes its output differ from the model's, in words, nothing by default.
     """
 
     def __init__(
@@ -89,11 +94,32 @@ class FlashMoEModel:
         widen = choose_widening(config, options.dtype)
         # The native kernels read 16-bit scales and weights of float32 arithmetic as they are.
         widen_records = widen and kernel != "cpu"
-        probed = probe_routing(config)
+        native_attention = kernel == "cpu" and mx.default_device() == mx.cpu
+        scores = ScoresProbe()
+        probed = probe_routing(config, scores.watch if native_attention else None)
+        self.lossy: tuple[str, ...] = ()
+        if options.experts_per_token is not None:
+            count = options.experts_per_token
+            trained = max(probed.top_k.values())
+            config, probed = with_experts_per_token(config, count, probed)
+            store = replace(store, manifest=store.manifest.with_top_k(count))
+            if count < trained:
+                self.lossy = (f"{count} of {trained} experts per token",)
+        steerable = find_steerable(config) if options.route_bias else ()
         tokenizer = load_tokenizer(store.path, config.get("eos_token_id"), probed.vocabulary)
         skeleton = build_skeleton(store, config)
         self.context = choose_context(config, options.context)
-        needs = Needs(store.manifest, config, probed, self.context, widen, widen_records)
+        needs = Needs(
+            store.manifest,
+            config,
+            probed,
+            self.context,
+            widen,
+            widen_records,
+            # The library attends in float32 alone; MLX's own attention is fused on GPUs.
+            held_scores=mx.default_device() == mx.cpu
+            and not (native_attention and widen and scores.are_never_held(probed.caches)),
+        )
         plan = plan_model(needs, options)
         self.choice = _find_choice(options, store)
         chosen = choose_bank(options, self.choice, plan)
@@ -118,14 +144,16 @@ class FlashMoEModel:
         self._stats = Stats()
         if kernel == "cpu":
             use_native_linears(skeleton, self._stats.clock)
-            if mx.default_device() == mx.cpu:
+            if native_attention:
                 use_native_attention(skeleton, self._stats.clock)
         self.store = store
         self.tokenizer = tokenizer
         self._reader: Reader | None = open_reader(reads.decode, page_cache=self.page_cache)
         self._sweep_reader: Reader | None = self._reader
-        if reads.sweep != reads.decode:
+        if resolve_reader(reads.sweep.reader) != self.reader:
             self._sweep_reader = open_reader(reads.sweep, page_cache=self.page_cache)
+        elif reads.sweep.depth != reads.decode.depth:
+            self._sweep_reader = self._reader.lane(reads.sweep.depth)
         self._streaming: StreamingModel | None = stream_experts(
             skeleton,
             store,
@@ -153,6 +181,10 @@ class FlashMoEModel:
         # Finding routers takes up to a second: not where nothing could be read ahead.
         if wanted_forecast(options, chosen) and self._streaming.reads_ahead:
             self._streaming.foresee(find_forecasters(skeleton, config))
+        # Forecasters go on with the routers as they are.
+        if steerable:
+            prefer_resident(self._streaming, steerable, options.route_bias)
+            self.lossy += (f"route bias {options.route_bias:g}",)
         self._remembered: RememberedBanks | None = None
         if options.warm_start:
             self._remembered = RememberedBanks(cache_folder() / WARM_START_FOLDER, store)
@@ -167,6 +199,8 @@ class FlashMoEModel:
         bits: int | None = None,
         group_size: int | None = None,
         resident_bits: int | None = None,
+        method: str | None = None,
+        recipe: str | Path | Recipe | None = None,
         revision: str | None = None,
         progress: Progress | None = None,
         **named: Any,
@@ -175,8 +209,9 @@ class FlashMoEModel:
 
         A store may be given as its path or as what `flashmoe.repack` returned. Checkpoints are
         repacked on first use into ~/.cache/flashmoe (`bits`, `group_size`, `resident_bits`,
-        `revision` and `progress` as in `flashmoe.repack`). The engine's options are those of
-        `flashmoe.Options`, as a whole or by name: `from_pretrained(path, memory="24GB")`.
+        `method`, `recipe`, `revision` and `progress` as in `flashmoe.repack`). The engine's
+        options are those of `flashmoe.Options`, as a whole or by name:
+        `from_pretrained(path, memory="24GB")`.
 
         Raises SourceError, StoreError, StoreInUseError, OptionError, or MemoryBudgetError naming
         the least that would fit.
@@ -187,6 +222,8 @@ class FlashMoEModel:
             bits=bits,
             group_size=group_size,
             resident_bits=resident_bits,
+            method=method,
+            recipe=recipe,
             revision=revision,
             progress=progress,
         )
@@ -255,6 +292,14 @@ class FlashMoEModel:
     def live_stats(self) -> Stats:
         """The totals themselves, which go on counting."""
         return self._stats
+
+    @property
+    def read_counters(self) -> ReadCounters:
+        """What the reader has read, and how long it was busy; raises FlashMoEError after
+        `close`."""
+        self._running()
+        assert self._reader is not None
+        return self._reader.counters
 
     def observe_routing(self, observer: Callable[[int, npt.NDArray[Any]], None] | None) -> None:
         """Have `observer(layer, experts)` called for every call of an MoE layer, None for nobody.

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from flashmoe.checkpoint.source import Checkpoint, hub_commit, is_hub_id, resolve
 from flashmoe.demo import DEMO_FOLDER
 from flashmoe.errors import OptionError
 from flashmoe.repacking.execute import Progress, repack
+from flashmoe.repacking.presets import choose_recipe
+from flashmoe.repacking.recipe import Recipe
 from flashmoe.store.reader import Store, is_incomplete, is_store, open_store
 
 CACHE_FOLDER = Path("~/.cache/flashmoe")
@@ -21,6 +24,8 @@ def open_model(
     bits: int | None = None,
     group_size: int | None = None,
     resident_bits: int | None = None,
+    method: str | None = None,
+    recipe: str | Path | Recipe | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> Store:
@@ -33,10 +38,17 @@ def open_model(
     source = DEMO_FOLDER if path_or_id is None else path_or_id
     folder = Path(source).expanduser()
     if is_store(folder) or is_incomplete(folder):
-        if not (bits is group_size is resident_bits is None):
+        if any(x is not None for x in (bits, group_size, resident_bits, method, recipe)):
             raise OptionError(f"{folder} is a store: its bits are fixed; repack the checkpoint")
         return open_store(folder)
-    precision = "-".join(str(value or "as") for value in (bits, group_size, resident_bits))
+    packing: dict[str, Any] = {
+        "bits": bits,
+        "group_size": group_size,
+        "resident_bits": resident_bits,
+        "method": method,
+        "recipe": recipe,
+    }
+    precision = _precision(**packing)
     if not folder.exists() and is_hub_id(str(source)):
         cached = _find_hub_store(str(source), revision, precision)
         if cached is not None:
@@ -50,10 +62,17 @@ def open_model(
         cached,
         revision=checkpoint.revision,
         progress=progress,
-        bits=bits,
-        group_size=group_size,
-        resident_bits=resident_bits,
+        **packing,
     )
+
+
+def _precision(*, method: str | None, recipe: str | Path | Recipe | None, **plain: Any) -> str:
+    """A short name of what is asked for, a different one for every recipe."""
+    chosen = choose_recipe(recipe, method=method, **plain)
+    if recipe is not None:
+        return chosen.key
+    words = [*plain.values(), *([method] if method else [])]
+    return "-".join(str(value or "as") for value in words)
 
 
 def cache_path(checkpoint: Checkpoint, precision: str) -> Path:

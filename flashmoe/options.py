@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from flashmoe.errors import OptionError
@@ -16,7 +17,7 @@ DTYPES = ("auto", "float32", "stored")
 
 @dataclass(frozen=True)
 class Options:
-    """Options of `FlashMoEModel`; none of them changes what an exact kernel computes.
+    """Options of `FlashMoEModel`; none but the last two changes what an exact kernel computes.
 
     memory: one number for the whole process ("24GB", or bytes); by default three quarters
         of what the machine has free. cache: the bank alone, "min" being one token's needs.
@@ -41,6 +42,11 @@ class Options:
         reads does not depend on what ran before.
     tuned: whether what `flashmoe tune` stored for this store and machine decides what is left
         open here; or a `Choice` that does.
+    experts_per_token: LOSSY: fewer experts per token than the model was trained with.
+    route_bias: LOSSY: while decoding, an expert that a token is routed to and that is not in the
+        bank gives way to one that is and whose router logit is at most this much lower; 0 is off.
+        What is generated then depends on the bank's contents, and so on what was asked before,
+        on the memory given and on what happened to be read ahead.
 
     Raises OptionError for a value that is wrong for every model.
     """
@@ -57,6 +63,8 @@ class Options:
     share: bool = False
     warm_start: bool = False
     tuned: bool | Choice = True
+    experts_per_token: int | None = None
+    route_bias: float = 0.0
 
     def __post_init__(self) -> None:
         if self.memory is not None:
@@ -68,5 +76,9 @@ class Options:
         resolve_policy(self.policy)
         if self.context is not None and self.context < 1:
             raise OptionError(f"context must be at least 1 token, not {self.context}")
+        if self.experts_per_token is not None and self.experts_per_token < 1:
+            raise OptionError(f"experts per token must be at least 1, not {self.experts_per_token}")
+        if not 0 <= self.route_bias < math.inf:
+            raise OptionError(f"the route bias must be a number from 0 up, not {self.route_bias}")
         if self.dtype not in DTYPES:
             raise OptionError(f"dtype must be auto, float32 or stored, not {self.dtype!r}")

@@ -28,19 +28,34 @@ import flashmoe
 from flashmoe import FlashMoEError, FlashMoEModel, Sampling, machine, native
 from flashmoe.bench.cgroup import memory_cgroup
 from flashmoe.cli.console import byte_progress
+from flashmoe.io.plain import plain_rate
 from flashmoe.kernels.select import resolve_kernel
 from flashmoe.store.reader import Store, is_store, open_store
 from flashmoe.units import format_size, parse_size
 
 WITH, WITHOUT = "with the native library", "without it"
 
+# Of a file that is read from front to back, and for how long each number of threads does that.
+PIECE_BYTES = 2**20
+SEQUENTIAL_SECONDS = 2.0
+
 Report = dict[str, Any]
 
 
-def decode(store: str, memory: str, prompt_tokens: int, tokens: int, kernel: str) -> Report:
+def decode(store: str, args: argparse.Namespace) -> Report:
     """Load and generate; what happened until the first token (`prompt_...`) and after it."""
+    memory, prompt_tokens, tokens, kernel = (
+        args.memory,
+        args.prompt_tokens,
+        args.tokens,
+        args.kernel,
+    )
     context = prompt_tokens + tokens
-    with FlashMoEModel(open_store(store), memory=memory, context=context, kernel=kernel) as model:
+    opened = open_store(store)
+    sequential = {}
+    if args.sequential:
+        sequential["sequential_bytes_per_second"] = sequential_rate(opened)
+    with FlashMoEModel(opened, memory=memory, context=context, kernel=kernel) as model:
         vocabulary = len(model.tokenizer)
         stream = model.session().stream(
             [(i * 7919) % vocabulary for i in range(prompt_tokens)],
@@ -50,11 +65,13 @@ def decode(store: str, memory: str, prompt_tokens: int, tokens: int, kernel: str
         )
         next(stream)
         before = model.stats()
+        read = model.read_counters
         for _ in stream:
             pass
         spent = model.stats().since(before)
         chunk = model.memory_plan.prompts.chunk_tokens
         bank_bytes = model.bank_bytes
+        page_cache = model.page_cache
     return {
         "kernel": resolve_kernel(kernel),
         "native": native.available() is None,
@@ -68,9 +85,25 @@ def decode(store: str, memory: str, prompt_tokens: int, tokens: int, kernel: str
         "prompt_seconds": before.seconds.prefill,
         "prompt_seconds_waiting": before.seconds.reading,
         "prompt_bytes_read": before.bytes_read,
+        "prompt_bytes_per_second": read.bytes / read.busy_seconds if read.busy_seconds else 0.0,
+        "page_cache": page_cache,
+        **sequential,
         "bank_bytes": bank_bytes,
         "peak_memory_bytes": machine.peak_resident_set_bytes(),
     }
+
+
+def sequential_rate(store: Store) -> float:
+    """Bytes per second that the records' files give from front to back, past the page cache, to
+    the number of plain threads that pays most."""
+    paths = [store.file(layer.layout.file) for layer in store.manifest.layers]
+    places = [
+        (path, offset) for path in paths for offset in range(0, path.stat().st_size, PIECE_BYTES)
+    ]
+    return max(
+        plain_rate(places, PIECE_BYTES, threads, SEQUENTIAL_SECONDS, page_cache=False)
+        for threads in (1, 2, 4, 8)
+    )
 
 
 def drop_page_cache() -> bool:
@@ -101,7 +134,7 @@ def run_decode(store: Path, args: argparse.Namespace, subject: str) -> Report:
     kernel = args.kernel if subject == WITH else "auto"
     command = [sys.executable, __file__, "--decode", str(store), "--memory", args.memory]
     command += ["--prompt-tokens", str(args.prompt_tokens), "--tokens", str(args.tokens)]
-    command += ["--kernel", kernel]
+    command += ["--kernel", kernel, *(["--sequential"] if args.sequential else [])]
     environment = dict(os.environ)
     with contextlib.ExitStack() as stack:
         if subject == WITHOUT:
@@ -181,10 +214,29 @@ def print_reports(store: Store, args: argparse.Namespace, reports: list[Report])
             f"  prompt of {middle['prompt_tokens']:.0f} tokens "
             f"in {middle['prompt_seconds']:.2f} s, "
             f"{middle['prompt_seconds_waiting']:.2f} s of it waiting for reads, "
-            f"{format_size(middle['prompt_bytes_read'])} read"
+            f"{format_size(middle['prompt_bytes_read'])} read\n"
+            f"  {middle['prompt_tokens'] / middle['prompt_seconds']:.1f} tok/s, "
+            f"{prompt_gain(middle):.1f} times as fast as token by token; "
+            f"reading {format_size(middle['prompt_bytes_per_second'])}/s"
+            f"{sequential_share(middle)}"
         )
     if len(speeds) == 2:
         print(f"native library: {speeds[WITH] / speeds[WITHOUT]:.1f} times as fast")
+
+
+def prompt_gain(run: Report) -> float:
+    """How many times as fast a token of the prompt was as one that is decoded."""
+    rate: float = run["prompt_tokens"] / run["prompt_seconds"]
+    return rate / float(run["tokens_per_second"])
+
+
+def sequential_share(run: Report) -> str:
+    """The rate of the prompt's reads as a share of the files' own, where that was measured."""
+    rate = run.get("sequential_bytes_per_second")
+    if rate is None:
+        return ""
+    share = run["prompt_bytes_per_second"] / rate
+    return f", {share:.0%} of the {format_size(rate)}/s that the files give in order"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -201,6 +253,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=16, help="default: 16")
     parser.add_argument("--kernel", default="auto", help="of runs with the native library")
     parser.add_argument("--cgroup", metavar="SIZE", help="limit memory and page cache together")
+    parser.add_argument(
+        "--sequential", action="store_true", help="compare the prompt's reads with plain ones"
+    )
     parser.add_argument("--folder", type=Path, help="keep a store made here, and reuse it")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--without-native", action="store_true", help="as if it were not built")
@@ -215,7 +270,7 @@ def main() -> None:
     args = parse_arguments()
     try:
         if args.decode:
-            report = decode(args.decode, args.memory, args.prompt_tokens, args.tokens, args.kernel)
+            report = decode(args.decode, args)
             print(json.dumps(report))
             return
         subjects = [WITHOUT] if args.without_native else [WITH]

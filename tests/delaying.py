@@ -111,6 +111,10 @@ class DelayingReader(Reader):
         self.outlasting(lambda: any(ticket.done() for ticket in tickets), tickets)
         return next(i for i, ticket in enumerate(tickets) if ticket.done())
 
+    def mend(self) -> None:
+        """Neither fail nor interrupt from now on."""
+        self._fault_chance = self._interrupt_chance = 0.0
+
     def drain(self) -> None:
         with self._lock:
             for waiting in self._waiting.values():

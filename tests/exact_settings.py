@@ -46,13 +46,15 @@ VOCABULARY = 128
 class Setting:
     """One way to run a family's model, and what to ask it: two prompts, each continued.
 
-    `slots` of every layer; `staging` records per group, 0 for none; `bytes_per_second` of the
-    emulated disk, 0 for none; `late`: requests end in any order.
+    `slots` of every layer, `resized` those after the first prompt, 0 for the same; `staging`
+    records per group, 0 for none; `bytes_per_second` of the emulated disk, 0 for none; `late`:
+    requests end in any order.
     """
 
     family: str
     kernel: str
     slots: int
+    resized: int
     staging: int
     policy: str
     forecast: bool
@@ -70,6 +72,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "family": tuple(WIDE),
     "kernel": ("cpu", "reference") if NATIVE else ("reference",),
     "slots": (TOP_K, TOP_K + 1, TOP_K + 2, 2 * TOP_K, N_EXPERTS - 2, N_EXPERTS),
+    "resized": (0, 0, TOP_K, 2 * TOP_K, N_EXPERTS),
     "staging": (0, 2, 5, N_EXPERTS),
     "policy": POLICY_NAMES,
     "forecast": (True, True, False),
@@ -91,9 +94,17 @@ def prompts(setting: Setting) -> list[list[int]]:
     return [draw.choices(range(VOCABULARY), k=n + setting.tokens) for n in lengths]
 
 
-def logits(model: FlashMoEModel, setting: Setting, *, check: bool = True) -> Iterator[bytes]:
-    """After each prompt and each further token, the logits' bytes."""
-    for ids in prompts(setting):
+def logits(
+    model: FlashMoEModel, setting: Setting, building: threading.Lock | None = None
+) -> Iterator[bytes]:
+    """After each prompt and each further token, the logits' bytes; `building` is held while banks
+    are resized."""
+    for number, ids in enumerate(prompts(setting)):
+        if number and setting.resized:
+            streaming = model._streaming
+            assert streaming is not None
+            with building or contextlib.nullcontext():
+                streaming.resize([setting.resized] * len(streaming.layers))
         length = len(ids) - setting.tokens
         state = TokenState(model.model, model.live_stats, setting.chunk)
         for fed in (ids[:length], *([token] for token in ids[length:])):
@@ -101,18 +112,20 @@ def logits(model: FlashMoEModel, setting: Setting, *, check: bool = True) -> Ite
                 row = state.feed(fed)
             assert row is not None
             yield np.array(row).tobytes()
-            if check:
-                model.check_integrity()
+            model.check_integrity()
 
 
 class Trials:
     """Models of every family, plain and under settings; `with` makes the engine listen to them.
 
-    `hits` counts the ways through the engine that were taken.
+    `hits` counts the ways through the engine that were taken. `building` is held by the thread
+    that makes or resizes banks: MLX waits for the work of every thread when its limits are set,
+    with Python locked, and making a bank has MLX call Python.
     """
 
     def __init__(self, folder: Path) -> None:
         self.hits: Counter[str] = Counter()
+        self.building = threading.Lock()
         self._folder = folder
         self._stores: dict[str, Store] = {}
         self._plain: dict[tuple[str, str], FlashMoEModel] = {}
@@ -127,10 +140,14 @@ class Trials:
             replaced = getattr(self, f"_{name}")
             self._patch(owner, name, lambda *a, o=original, r=replaced, **k: r(o, *a, **k))
         self._patch(routers, "find_sites", self._remembered(routers.find_sites))
-        counted = ((Sweep, "__call__"), (LayerBank, "_evict"), (LayerBank, "adopt"))
-        paths = ((StreamedExperts, "_run_overlapped"), (StreamedExperts, "_run_grouped"))
-        for owner, name in (*counted, *paths):
-            self._patch(owner, name, self._counting(f"{owner.__name__}.{name}", owner, name))
+        ways = {
+            Sweep: ("__call__",),
+            LayerBank: ("_evict", "adopt", "resize"),
+            StreamedExperts: ("_run_overlapped", "_run_grouped"),
+        }
+        for kind, names in ways.items():
+            for name in names:
+                self._patch(kind, name, self._counting(f"{kind.__name__}.{name}", kind, name))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -141,18 +158,18 @@ class Trials:
     def expected(self, setting: Setting) -> list[bytes]:
         """What a full bank says that nothing is read ahead for, with the default reader."""
         key = replace(
-            setting, slots=N_EXPERTS, staging=N_EXPERTS, policy="lru", forecast=False,
+            setting, slots=N_EXPERTS, resized=0, staging=N_EXPERTS, policy="lru", forecast=False,
             reader="", page_cache=True, bytes_per_second=0, late=False
         )  # fmt: skip
         if key not in self._expected:
             plain = self._plain.get((setting.family, setting.kernel))
             if plain is None:
                 self._asked.setting = None
-                plain = FlashMoEModel(
-                    self.store(setting.family), cache="1GB", kernel=setting.kernel, forecast=False
-                )
+                store = self.store(setting.family)
+                with self.building:
+                    plain = FlashMoEModel(store, cache="1GB", kernel=setting.kernel, forecast=False)
                 self._plain[setting.family, setting.kernel] = plain
-            self._expected[key] = list(logits(plain, setting))
+            self._expected[key] = list(logits(plain, key))
         return self._expected[key]
 
     @contextlib.contextmanager
@@ -162,13 +179,15 @@ class Trials:
         layouts = [layer.layout for layer in store.manifest.layers]
         slot_bytes = sum(demand.slot_bytes for demand in layer_demands(layouts, widen=False))
         self._asked.setting, self._asked.faults = setting, faults
-        with FlashMoEModel(
-            store,
-            cache=setting.slots * slot_bytes,
-            kernel=setting.kernel,
-            policy=setting.policy,
-            forecast=setting.forecast,
-        ) as model:
+        with self.building:
+            made = FlashMoEModel(
+                store,
+                cache=setting.slots * slot_bytes,
+                kernel=setting.kernel,
+                policy=setting.policy,
+                forecast=setting.forecast,
+            )
+        with made as model:
             assert set(model.memory_plan.slots) == {setting.slots}
             try:
                 yield model
@@ -181,6 +200,12 @@ class Trials:
                 self.hits["guesses"] += stats.guessed
                 self.hits["right guesses"] += stats.guessed_right
                 self.hits["bytes wasted"] += stats.bytes_wasted
+
+    @staticmethod
+    def mend(model: FlashMoEModel) -> None:
+        """Have nothing fail any more."""
+        assert isinstance(model._reader, DelayingReader)
+        model._reader.mend()
 
     def store(self, family: str) -> Store:
         if family not in self._stores:

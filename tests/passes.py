@@ -44,6 +44,7 @@ def made_run(**changes: Any) -> PointRun:
     return PointRun(
         bank_bytes=10**6,
         most_bank_bytes=4 * 10**6,
+        kernel="cpu",
         page_cache=False,
         peak_memory_bytes=10**8,
         passes=[made_pass(**changes)],
@@ -56,7 +57,7 @@ def made_figures(name: str = "cold") -> PassFigures:
 
 def made_report() -> DecodeReport:
     points = tuple(
-        DecodePoint(memory, memory // 2, memory / 4e9, memory, False, passes)
+        DecodePoint(memory, memory // 2, memory / 4e9, memory, "cpu", False, passes)
         for memory in (2 * 10**9, 10**9)
         for passes in [(made_figures("cold"), made_figures("warm"))]
     )
@@ -65,8 +66,9 @@ def made_report() -> DecodeReport:
 
 
 def made_ladder() -> LadderReport:
+    figures = made_figures()
     rungs = tuple(
-        Rung(step.name, step.parts, step.forecast, 10**9, 10**9, False, made_figures(), 4.0, 1.0)
-        for step in STEPS
+        Rung(x.name, x.parts, x.forecast, x.tuned, 10**9, 10**9, "cpu", False, figures, 4.0, 1.0)
+        for x in STEPS
     )
     return LadderReport("a.flashmoe", 4 * 10**9, "2GB", 4, 128, 10**9, DISK, (), rungs, 3.2, True)

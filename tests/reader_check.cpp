@@ -98,7 +98,7 @@ void wait(fm_ticket* ticket) {
   }
 }
 
-void batches(fm_reader* reader, int fd, uint64_t seed) {
+void batches(fm_reader* reader, int fd, uint64_t seed, int32_t lane) {
   Random random{seed};
   for (int round = 0; round < 40; ++round) {
     std::vector<Target> targets;
@@ -107,8 +107,10 @@ void batches(fm_reader* reader, int fd, uint64_t seed) {
     for (const Target& target : targets) reads.push_back(target.read(fd));
     fm_ticket* tickets[2];
     const auto half = int64_t(reads.size() / 2), rest = int64_t(reads.size()) - half;
-    expect(!fm_reader_submit(reader, reads.data(), half, FM_FORECAST, &tickets[0]), "submit");
-    expect(!fm_reader_submit(reader, reads.data() + half, rest, FM_DEMAND, &tickets[1]),
+    expect(!fm_reader_submit(reader, reads.data(), half, FM_FORECAST, lane, &tickets[0]), "submit");
+    // Now and then the other way round: a lane without room may not keep others waiting.
+    const int32_t other = round % 3 ? lane : 0;
+    expect(!fm_reader_submit(reader, reads.data() + half, rest, FM_DEMAND, other, &tickets[1]),
            "submit");
     fm_failure failure;
     if (round % 4 == 0) {
@@ -138,7 +140,7 @@ void failures(int fd, int uncached) {
                            {0, parts.data() + 1501, 2500, fd}};
   for (int first = 0; first < 3; ++first) {
     fm_ticket* ticket;
-    expect(!fm_reader_submit(reader, reads + first, 3 - first, FM_DEMAND, &ticket), "submit");
+    expect(!fm_reader_submit(reader, reads + first, 3 - first, FM_DEMAND, 0, &ticket), "submit");
     wait(ticket);
     fm_failure failure;
     const int32_t error = fm_ticket_failure(ticket, &failure);
@@ -151,7 +153,7 @@ void failures(int fd, int uncached) {
   fm_read_counters counters;
   fm_reader_counters(reader, &counters);
   expect(counters.reads == 1 && counters.bytes == 1500000, "counters");
-  expect(fm_reader_submit(reader, reads, 1, 2, nullptr) == FM_BAD_ARGUMENT, "bad argument");
+  expect(fm_reader_submit(reader, reads, 1, 3, 0, nullptr) == FM_BAD_ARGUMENT, "bad argument");
   fm_reader_close(reader);
 }
 
@@ -165,7 +167,7 @@ void closing(int fd) {
   for (const Target& target : targets) {
     const fm_read read = target.read(fd);
     tickets.emplace_back();
-    expect(!fm_reader_submit(reader, &read, 1, FM_FORECAST, &tickets.back()), "submit");
+    expect(!fm_reader_submit(reader, &read, 1, FM_FORECAST, 0, &tickets.back()), "submit");
   }
   fm_reader_close(reader);
   for (size_t i = 0; i < targets.size(); ++i) {
@@ -190,9 +192,11 @@ int main(int argc, char** argv) {
       // Pieces of a block, which is the least there are, with reads that may come up short.
       const int64_t piece = preadv ? 4096 : 0;
       fm_reader* reader = fm_reader_open(4, piece, uncached, preadv);
+      const int32_t narrow = fm_reader_add_lane(reader, 1, 8192);
+      expect(narrow == 1, "a lane");
       std::vector<std::thread> callers;
       for (uint64_t seed : {1, 2, 3})
-        callers.emplace_back([=] { batches(reader, fd, seed); });
+        callers.emplace_back([=] { batches(reader, fd, seed, seed == 3 ? narrow : 0); });
       for (std::thread& caller : callers) caller.join();
       while (!fm_reader_drain(reader, 0.01)) {
       }

@@ -16,8 +16,10 @@ from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 from natives import compiled
 
 from flashmoe import FlashMoEModel, native
+from flashmoe.checkpoint.architecture import probe_routing
+from flashmoe.checkpoint.config import read_config
 from flashmoe.kernels import attention
-from flashmoe.model.load import use_native_attention
+from flashmoe.model.scores import ScoresProbe
 from flashmoe.store.reader import open_store
 
 PROMPT = mx.array([[(7 * i + 3) % 101 for i in range(70)]])
@@ -76,7 +78,7 @@ def test_families_attend_through_the_library(family: str, calls: list[str]) -> N
     theirs = logits(model)
     assert calls == ["mlx"] * WAYS[family]
     calls.clear()
-    use_native_attention(model)
+    attention.replace_attention(model)
     for ours, expected in zip(logits(model), theirs, strict=True):
         scale = max(mx.abs(expected).max().item(), 1.0)
         assert mx.abs(ours - expected).max().item() < TOLERANCE * scale
@@ -88,7 +90,7 @@ def test_other_models_do_not(calls: list[str]) -> None:
     before = dict(vars(qwen3_moe))
     model, other = tiny("qwen3_moe"), tiny("qwen3_moe")
     theirs = logits(other)
-    use_native_attention(model)
+    attention.replace_attention(model)
     # Both at once, in one process.
     thread = threading.Thread(target=lambda: [logits(model) for _ in range(3)])
     thread.start()
@@ -109,14 +111,14 @@ def test_a_module_stays_where_it_is() -> None:
     model = tiny("qwen3_moe")
     parameters = dict(nn.utils.tree_flatten(model.parameters()))
     modules = [layer.self_attn for layer in model.layers]
-    use_native_attention(model)
+    attention.replace_attention(model)
     assert all(a is layer.self_attn for a, layer in zip(modules, model.layers, strict=True))
     assert len({type(module) for module in modules}) == 1
     after = dict(nn.utils.tree_flatten(model.parameters()))
     assert all(after[path] is parameters[path] for path in parameters)
     # Doing it twice changes nothing more.
     kind = type(modules[0])
-    use_native_attention(model)
+    attention.replace_attention(model)
     assert type(modules[0]) is kind
 
 
@@ -151,21 +153,18 @@ def test_small_calls_stay_with_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_classes_that_do_not_attend() -> None:
-    assert attention.attending_class(nn.Linear(2, 2)) is None
-    assert attention.attending_class(tiny("qwen3_moe").layers[0]) is None
+    assert attention.attending_class(nn.Linear) is None
+    assert attention.attending_class(qwen3_moe.Qwen3MoeDecoderLayer) is None
 
     class Other(nn.Module):
         def __call__(self, x: mx.array) -> mx.array:
             return mx.fast.scaled_dot_product_attention(x, x, x, scale=1.0)
 
-    assert attention.attending_class(Other()) is None
+    assert attention.attending_class(Other) is None
 
 
 def test_methods_keep_what_they_are() -> None:
     class Base(qwen3_moe.Attention):
-        def __init__(self) -> None:
-            nn.Module.__init__(self)
-
         def size(self) -> int:
             return 1
 
@@ -174,14 +173,14 @@ def test_methods_keep_what_they_are() -> None:
             return x
 
     # Its own method replaces the inherited one that attends.
-    assert attention.attending_class(Child()) is None
-    made = attention.attending_class(Base())
+    assert attention.attending_class(Child) is None
+    made = attention.attending_class(Base)
     assert made is not None
     ours, theirs = made.__call__, qwen3_moe.Attention.__call__
     assert ours is not theirs
     assert ours.__code__ is theirs.__code__  # type: ignore[attr-defined]
     assert ours.__defaults__ == theirs.__defaults__  # type: ignore[attr-defined]
-    assert ours.__globals__[attention.NAME].func is attention.attend  # type: ignore[attr-defined]
+    assert ours.__globals__[attention.NAME] is attention.attend  # type: ignore[attr-defined]
     assert theirs.__globals__[attention.NAME] is base.scaled_dot_product_attention  # type: ignore[attr-defined]
     assert made.__name__ == "Base"
 
@@ -193,3 +192,33 @@ def test_a_kernel_decides(kernel: str, demo_store: Path, calls: list[str]) -> No
         calls.clear()
         mx.eval(model.model(PROMPT))
     assert set(calls) == {"library" if kernel == "cpu" else "mlx"}
+
+
+@compiled
+@pytest.mark.parametrize(
+    "family,held",
+    [
+        ("qwen3_moe", False),
+        ("gpt_oss", False),
+        ("llama4", False),
+        ("qwen3_next", False),
+        # Scores of their own as a mask; an index of keys beside the cache; another function.
+        ("deepseek_v3", True),
+        ("minimax_m3_vl", True),
+        ("deepseek_v41", True),
+    ],
+)
+def test_who_holds_scores(family: str, held: bool) -> None:
+    probe = ScoresProbe()
+    routing = probe_routing(FAMILIES[family], probe.watch)
+    assert probe.are_never_held(routing.caches) is not held
+
+
+@compiled
+def test_a_plan_counts_no_scores_that_are_never_held(demo_store: Path) -> None:
+    taken = {}
+    for dtype in ("stored", "float32"):
+        with FlashMoEModel(open_store(demo_store), cache="min", kernel="cpu", dtype=dtype) as model:
+            taken[dtype] = model.memory_plan.prompts.scratch_bytes
+    heads = read_config(demo_store)["num_attention_heads"]
+    assert taken["stored"] - taken["float32"] == 12 * heads * 256 * model.context

@@ -26,8 +26,10 @@ from flashmoe.bench.point import Point, PointRun, run_point
 from flashmoe.bench.prompts import PROMPTS
 from flashmoe.bench.records import RecordFiles
 from flashmoe.bench.rivals import PlainThreads, Rival
+from flashmoe.locate import cache_folder
 from flashmoe.options import Options
 from flashmoe.store.reader import open_store
+from flashmoe.tuning import Choice, Tuning, TuningFile
 
 BRIEF = Asked(prompts=PROMPTS[:2], max_tokens=3)
 
@@ -109,9 +111,9 @@ def test_a_pass_that_takes_too_long_ends(demo_store: Path) -> None:
     assert 8 <= len(taken.token_seconds) < 40
 
 
-def test_ladder(demo_store: Path, here: list[Point]) -> None:
+def test_ladder(demo_store: Path, home: Path, here: list[Point]) -> None:
     report = bench_ladder(demo_store, Options(cache="5MB"), BRIEF)
-    assert [rung.name for rung in report.rungs] == [step.name for step in STEPS]
+    assert [rung.name for rung in report.rungs] == [step.name for step in STEPS[:-1]]
     naive, routed, bank, overlap, forecast = report.rungs
     assert naive.of_naive == naive.of_previous == routed.of_previous / routed.of_naive == 1
     assert naive.figures.read_of_absent == pytest.approx(16)
@@ -128,8 +130,22 @@ def test_ladder(demo_store: Path, here: list[Point]) -> None:
     assert any("tuned" in note for note in report.notes)
 
 
+def test_the_ladder_ends_with_what_tune_stored(
+    demo_store: Path, home: Path, here: list[Point]
+) -> None:
+    store = open_store(demo_store)
+    tuning = Tuning(Choice(), 1e9, None, "2026-01-01T00:00:00+00:00")
+    TuningFile(cache_folder(), store).write(tuning)
+    report = bench_ladder(demo_store, Options(cache="5MB"), BRIEF)
+    assert [rung.name for rung in report.rungs] == [step.name for step in STEPS]
+    assert [rung.tuned for rung in report.rungs] == [False] * 5 + [True]
+    assert [point.options["tuned"] for point in here] == [False] * 5 + [True]
+    assert here[-1].options["forecast"] is None
+    assert not any("tuned" in note for note in report.notes)
+
+
 def test_rungs_that_disagree(
-    demo_store: Path, here: list[Point], monkeypatch: pytest.MonkeyPatch
+    demo_store: Path, home: Path, here: list[Point], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = ladder.run_in_child
 
@@ -164,7 +180,7 @@ def test_json_of_the_ladder(run_cli: Run, demo_store: Path, here: list[Point]) -
         "bench", "decode", demo_store, "--ladder", "--cache", "5MB", "--max-tokens", 2, "--json"
     ).json()
     assert list(report) == names(LadderReport)
-    assert [list(rung) for rung in report["rungs"]] == [names(Rung)] * len(STEPS)
+    assert [list(rung) for rung in report["rungs"]] == [names(Rung)] * (len(STEPS) - 1)
     assert here[0].prompts == PROMPTS
 
 

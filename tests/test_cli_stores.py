@@ -90,6 +90,57 @@ def test_repack_json_is_inspect_and_seconds(
     assert set(report["layers"][0]["packing"].values()) == {"8-bit affine/32"}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--bits", "3", "--resident-bits", "8"),
+        ("--recipe", "3-bit"),
+        ("--recipe", "2-bit", "--method", "rtn"),
+    ],
+    ids=" ".join,
+)
+def test_dry_run_says_what_repack_writes(
+    run_cli: Run, places: dict[str, Path], dest: Path, options: tuple[str, ...]
+) -> None:
+    planned = run_cli("repack", places["float"], dest, *options, "--dry-run", "--json").json()
+    assert not dest.exists()
+    written = run_cli("repack", places["float"], dest, *options, "--json").json()
+    for name in ("model_type", "parameters", "resident_bytes", "streamed_bytes", "token_bytes"):
+        assert planned[name] == written[name]
+    parts = {part["part"]: part for part in planned["parts"]}
+    assert {"gate", "up", "down", "attention", "embeddings", "head"} <= set(parts)
+    experts = sum(parts[name]["bytes"] for name in ("gate", "up", "down"))
+    padding = sum(x["padding_bytes"] * x["experts"] for x in written["layers"])
+    assert experts == written["streamed_bytes"] - padding
+    assert sum(part["bytes"] for part in parts.values()) - experts == written["resident_bytes"]
+    packing = written["layers"][0]["packing"]
+    for name in ("gate", "up", "down"):
+        assert parts[name]["packing"] == {packing[f"{name}_proj"]: written["records"]}
+
+
+def test_dry_run_text(run_cli: Run, places: dict[str, Path], dest: Path) -> None:
+    result = run_cli("repack", places["float"], dest, "--dry-run")
+    assert (result.code, result.err) == (0, "")
+    assert not dest.exists()
+    planned = run_cli("repack", places["float"], dest, "--dry-run", "--json").json()
+    head, *_, total = result.out.splitlines()
+    assert head == f"{places['float']}  mixtral, 350K parameters; nothing is written"
+    for part in planned["parts"]:
+        assert format_size(part["bytes"]) in result.out
+    assert total.endswith(f"{format_size(planned['file_bytes'])} on disk")
+
+
+def test_dry_run_of_a_quantized_checkpoint(
+    run_cli: Run, places: dict[str, Path], dest: Path
+) -> None:
+    planned = run_cli("repack", places["quantized"], dest, "--dry-run", "--json").json()
+    assert not dest.exists()
+    written = run_cli("repack", places["quantized"], dest, "--json").json()
+    assert planned["streamed_bytes"] == written["streamed_bytes"]
+    assert "embeddings" in {part["part"] for part in planned["parts"]}
+
+
 def test_repack_names_the_store_after_its_source(
     run_cli: Run, places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

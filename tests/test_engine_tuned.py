@@ -30,12 +30,21 @@ def record_paths(demo_store):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """The settings of every reader that is opened, in order, and through what."""
+    """The settings of every reader that is opened, in order, and through what; the depth of its
+    lanes after it."""
     settings = []
 
     def note(wanted, *, page_cache):
         settings.append((wanted, page_cache))
-        return open_reader(wanted, page_cache=page_cache)
+        reader = open_reader(wanted, page_cache=page_cache)
+        add = reader.lane
+
+        def lane(depth):
+            settings.append(depth)
+            return add(depth)
+
+        monkeypatch.setattr(reader, "lane", lane)
+        return reader
 
     monkeypatch.setattr(engine, "open_reader", note)
     return settings
@@ -64,7 +73,9 @@ def test_results_are_the_same(home, demo, demo_store, record_paths, opened, page
     with FlashMoEModel.from_pretrained(demo_store, cache="min", page_cache=page_cache) as model:
         assert model.choice == ODD
         reads = ODD.reads(page_cache)
-        assert opened == [(reads.decode, page_cache), (reads.sweep, page_cache)]
+        # Another reader, or the same one at another depth.
+        second = (reads.sweep, True) if page_cache else reads.sweep.depth
+        assert opened == [(reads.decode, page_cache), second]
         assert type(model._reader) is MmapReader if page_cache else model.reader == "pread"
         assert mx.array_equal(logits(model), logits(demo))
         assert model.generate(BARN) == BARN_ANSWER
@@ -110,11 +121,11 @@ def test_what_the_user_says_comes_first(home, demo_store, record_paths, opened):
     with FlashMoEModel.from_pretrained(demo_store, reader="pread", **options) as model:
         assert model.reader == "pread"
     assert opened.pop(0) == (ReadSettings("pread"), True)
-    assert opened.pop(0) == (ODD.cached.sweep, True)
+    assert opened.pop(0) == ODD.cached.sweep.depth
     with FlashMoEModel.from_pretrained(demo_store, reader="mmap", **options) as model:
         assert model.reader == "mmap"
     assert opened.pop(0) == (ODD.cached.decode, True)
-    assert opened.pop(0) == (ReadSettings("mmap"), True)
+    assert opened.pop(0) == ReadSettings("mmap").depth
     with FlashMoEModel.from_pretrained(demo_store, tuned=False, **options) as model:
         assert model.choice == Choice()
     assert opened == [(ReadSettings(), True)]
@@ -151,9 +162,9 @@ def test_the_command_line(run_cli: Run, demo_store, opened):
     store_choice(demo_store, ODD)
     command = ("generate", demo_store, "-p", BARN, "--cache", "min", "--page-cache")
     assert run_cli(*command).out == f"{BARN_ANSWER}\n"
-    assert [settings for settings, _ in opened] == [ODD.cached.decode, ODD.cached.sweep]
+    assert opened == [(ODD.cached.decode, True), (ODD.cached.sweep, True)]
     assert run_cli(*command, "--no-tuned").out == f"{BARN_ANSWER}\n"
-    assert [settings for settings, _ in opened[2:]] == [ReadSettings()]
+    assert opened[2:] == [(ReadSettings(), True)]
 
 
 def test_past_the_page_cache_nothing_is_kept_twice(home, demo_store, record_paths):

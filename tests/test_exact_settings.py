@@ -11,6 +11,7 @@ TAKEN = (
     "Sweep.__call__",
     "LayerBank._evict",
     "LayerBank.adopt",
+    "LayerBank.resize",
     "StreamedExperts._run_overlapped",
     "StreamedExperts._run_grouped",
     "forecasts begun",

@@ -9,7 +9,13 @@ import pytest
 from mlx_lm.models.mla import MultiLinear
 
 from flashmoe import native
-from flashmoe.kernels.linear import LEAST_WEIGHTS, left_lazy, native_twin, output_layers
+from flashmoe.kernels.linear import (
+    LEAST_TURNED_ROWS,
+    LEAST_WEIGHTS,
+    left_lazy,
+    native_twin,
+    output_layers,
+)
 
 ROWS, COLS = 512, 256
 TOLERANCE = 2e-6
@@ -98,6 +104,8 @@ def test_a_matrix_per_head(bits: int | None, shape: tuple[int, ...]) -> None:
     assert_close(twin(x), layer(x))
     back = mx.random.normal((*shape[:-1], ROWS // 8), key=mx.random.key(2))
     assert mx.array_equal(twin(back, transpose=False), layer(back, transpose=False))
+    many = mx.random.normal((*shape[:-2], LEAST_TURNED_ROWS, ROWS // 8), key=mx.random.key(2))
+    assert_close(twin(many, transpose=False), layer(many, transpose=False))
 
 
 def test_other_dtypes_go_to_mlx() -> None:

@@ -51,6 +51,18 @@ def test_precisions_are_kept_apart(hub: Hub) -> None:
     assert sizes[1] <= sizes[0] <= sizes[2]
 
 
+def test_recipes_are_kept_apart(hub: Hub) -> None:
+    named = [open_model("owner/name", recipe=name) for name in ("4-bit", "3-bit", "2-bit")]
+    fitted = open_model("owner/name", method="hqq")
+    rounded = open_model("owner/name", recipe="3-bit", method="rtn")
+    plain = open_model("owner/name")
+    stores = [*named, fitted, rounded, plain]
+    assert len({store.path for store in stores}) == len(stores)
+    assert open_model("owner/name", recipe="3-bit") == named[1]
+    with pytest.raises(OptionError, match="neither a file nor a recipe"):
+        open_model("owner/name", recipe="5-bit")
+
+
 @pytest.fixture
 def folder(home: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "checkpoint"
@@ -74,8 +86,9 @@ def test_a_folder_is_repacked_once(folder: Path) -> None:
 def test_a_store_is_opened_where_it_is(folder: Path, as_text: Callable[[Path], object]) -> None:
     store = open_model(folder)
     assert open_model(as_text(store.path)).path == store.path  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="its bits are fixed"):
-        open_model(store.path, bits=4)
+    for asked in ({"bits": 4}, {"method": "rtn"}, {"recipe": "4-bit"}):
+        with pytest.raises(OptionError, match="its bits are fixed"):
+            open_model(store.path, **asked)  # type: ignore[arg-type]
 
 
 def test_an_incomplete_store_is_called_so(folder: Path) -> None:

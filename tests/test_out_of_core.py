@@ -97,3 +97,25 @@ def test_no_cgroup_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         cgroup.memory_cgroup(2**30),
     ):
         pass
+
+
+def test_a_prompt_beside_plain_reading(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(out_of_core, "SEQUENTIAL_SECONDS", 0.01)
+    options = ["--model", checkpoint, "--folder", tmp_path / "folder", "--tokens", 3]
+    with_or_without = [] if native.available() is None else ["--without-native"]
+    run(monkeypatch, *options, *with_or_without)
+    assert "of the" not in capfd.readouterr().out.splitlines()[-1]
+    run(monkeypatch, *options, *with_or_without, "--sequential", "--json")
+    (report,) = json.loads(capfd.readouterr().out)["runs"]
+    assert report["sequential_bytes_per_second"] > 0
+    assert report["prompt_bytes_per_second"] > 0
+    share = report["prompt_bytes_per_second"] / report["sequential_bytes_per_second"]
+    assert f" {share:.0%} of the " in out_of_core.sequential_share(report)
+    decode_rate = report["tokens_per_second"]
+    prompt_rate = report["prompt_tokens"] / report["prompt_seconds"]
+    assert out_of_core.prompt_gain(report) == pytest.approx(prompt_rate / decode_rate)

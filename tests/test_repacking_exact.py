@@ -115,3 +115,8 @@ def test_a_quantized_checkpoint_takes_no_precision(source, dest, option):
     with refused(OptionError, str(source), "already quantized"):
         repack(source, dest, **{option: 32})
     assert not dest.exists()
+
+
+def test_a_quantized_checkpoint_may_be_kept_as_it_is(source, dest):
+    save_checkpoint(source, "qwen3_moe")
+    assert store_tensors(repack(source, dest, recipe="as-is")) == checkpoint_tensors(source)

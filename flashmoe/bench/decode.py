@@ -58,6 +58,7 @@ class DecodePoint:
     bank_bytes: int
     bank_share: float
     peak_memory_bytes: int
+    kernel: str
     page_cache: bool
     passes: tuple[PassFigures, ...]
 
@@ -140,7 +141,8 @@ def point_of(store: Store, options: Options, asked: Asked, passes: tuple[str, ..
     """A point with every part of the engine on."""
     return Point(
         store=str(store.path),
-        options=asdict(options),
+        # Cold is an empty bank, whatever ran before.
+        options=asdict(replace(options, warm_start=False)),
         parts=asdict(ALL_PARTS),
         prompts=asked.prompts,
         passes=passes,
@@ -179,6 +181,7 @@ def _point(options: Options, run: PointRun, rate: DiskRate) -> DecodePoint:
         bank_bytes=run.bank_bytes,
         bank_share=run.bank_bytes / run.most_bank_bytes,
         peak_memory_bytes=run.peak_memory_bytes,
+        kernel=run.kernel,
         page_cache=run.page_cache,
         passes=tuple(pass_figures(taken, rate.bytes_per_second) for taken in run.passes),
     )

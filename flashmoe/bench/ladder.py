@@ -13,10 +13,12 @@ from flashmoe.bench.figures import PassFigures, pass_figures
 from flashmoe.bench.point import PointRun
 from flashmoe.bench.records import evict
 from flashmoe.errors import FlashMoEError
+from flashmoe.locate import cache_folder
 from flashmoe.options import Options
 from flashmoe.store.reader import Store, open_store
 from flashmoe.streaming.experts import APART_BYTES
 from flashmoe.streaming.parts import Parts
+from flashmoe.tuning import TuningFile
 
 TARGET = 3.2
 # A rung ends after so long; the first one reads whole layers.
@@ -25,25 +27,27 @@ RUNG_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Step:
-    """A rung's name, and what is on."""
+    """A rung's name, and what is on; `tuned`: what `flashmoe tune` stored decides the rest."""
 
     name: str
     parts: Parts
-    forecast: bool = False
+    forecast: bool | None = False
+    tuned: bool = False
 
 
-STEPS = (
+STEPS: tuple[Step, ...] = (
     Step("naive", Parts(routed=False, bank=False, overlap=False)),
     Step("routed only", Parts(bank=False, overlap=False)),
     Step("bank", Parts(overlap=False)),
     Step("overlap", Parts()),
     Step("forecast", Parts(), forecast=True),
+    Step("tuned", Parts(), forecast=None, tuned=True),
 )
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One rung: what is on beside the rung before, in `parts` and `forecast`, and its figures.
+    """One rung: what is on, and its figures; `forecast` None leaves it to what is `tuned`.
 
     `of_naive` and `of_previous` divide its median tokens per second by those of the first rung
     and of the one before.
@@ -51,9 +55,11 @@ class Rung:
 
     name: str
     parts: Parts
-    forecast: bool
+    forecast: bool | None
+    tuned: bool
     bank_bytes: int
     peak_memory_bytes: int
+    kernel: str
     page_cache: bool
     figures: PassFigures
     of_naive: float
@@ -88,18 +94,24 @@ def bench_ladder(
 ) -> LadderReport:
     """Answer the prompts once per rung, each in a fresh process, cold, in the same memory.
 
+    Without anything stored by `flashmoe tune`, or with `options.tuned` off, the last rung is left
+    out.
     A rung that takes longer than `rung_seconds` decodes fewer tokens. Raises FlashMoEError
     when rungs give different tokens, and what opening a store and answering raise.
     """
     store = open_store(folder)
-    total = 1000 * len(STEPS)
+    steps = STEPS
+    if not options.tuned or TuningFile(cache_folder(), store).read() is None:
+        steps = tuple(step for step in STEPS if not step.tuned)
+    total = 1000 * len(steps)
     progress(0, total)
     disk = Disk(store)
-    notes = [*page_cache_notes(store), *_notes(store)]
+    notes = [*page_cache_notes(store), *_notes(store, steps)]
     runs: list[PointRun] = []
-    for number, step in enumerate(STEPS):
+    for number, step in enumerate(steps):
+        own = replace(options, forecast=step.forecast, tuned=step.tuned)
         point = replace(
-            point_of(store, replace(options, forecast=step.forecast), asked, (COLD,)),
+            point_of(store, own, asked, (COLD,)),
             parts=asdict(step.parts),
             most_seconds=rung_seconds,
         )
@@ -113,7 +125,7 @@ def bench_ladder(
         disk.sample()
     progress(total, total)
     rate = disk.rate()
-    rungs = _rungs(runs, rate.bytes_per_second)
+    rungs = _rungs(steps, runs, rate.bytes_per_second)
     return LadderReport(
         store=str(folder),
         streamed_bytes=store.manifest.streamed_bytes,
@@ -141,8 +153,10 @@ def check_same_answers(one: PointRun, other: PointRun, name: str) -> None:
             )
 
 
-def _notes(store: Store) -> list[str]:
-    notes = ["no rung for tuned options: none are stored for this store and machine"]
+def _notes(store: Store, steps: Sequence[Step]) -> list[str]:
+    notes = []
+    if not any(step.tuned for step in steps):
+        notes.append("no rung for tuned options: flashmoe tune stores them, and none are in use")
     smallest = min(layer.layout.record.stride for layer in store.manifest.layers)
     if smallest < APART_BYTES:
         notes.append(
@@ -152,9 +166,11 @@ def _notes(store: Store) -> list[str]:
     return notes
 
 
-def _rungs(runs: Sequence[PointRun], disk_bytes_per_second: float) -> list[Rung]:
+def _rungs(
+    steps: Sequence[Step], runs: Sequence[PointRun], disk_bytes_per_second: float
+) -> list[Rung]:
     rungs: list[Rung] = []
-    for step, run in zip(STEPS, runs, strict=True):
+    for step, run in zip(steps, runs, strict=True):
         figures = pass_figures(run.passes[0], disk_bytes_per_second)
         rate = figures.tokens_per_second.median
         first = rungs[0].figures.tokens_per_second.median if rungs else rate
@@ -164,8 +180,10 @@ def _rungs(runs: Sequence[PointRun], disk_bytes_per_second: float) -> list[Rung]
                 name=step.name,
                 parts=step.parts,
                 forecast=step.forecast,
+                tuned=step.tuned,
                 bank_bytes=run.bank_bytes,
                 peak_memory_bytes=run.peak_memory_bytes,
+                kernel=run.kernel,
                 page_cache=run.page_cache,
                 figures=figures,
                 of_naive=rate / first,

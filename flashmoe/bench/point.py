@@ -17,6 +17,7 @@ from flashmoe.engine import FlashMoEModel
 from flashmoe.errors import FlashMoEError, PromptError
 from flashmoe.generation.prompt import encode_prompt
 from flashmoe.generation.session import Sampling, Session
+from flashmoe.kernels.select import resolve_kernel
 from flashmoe.options import Options
 from flashmoe.store.reader import open_store
 from flashmoe.streaming.parts import Parts
@@ -90,6 +91,7 @@ class PointRun:
 
     bank_bytes: int
     most_bank_bytes: int
+    kernel: str
     page_cache: bool
     peak_memory_bytes: int
     passes: list[Pass]
@@ -120,6 +122,7 @@ def run_point(point: Point, progress: Progress = lambda share: None) -> PointRun
         return PointRun(
             bank_bytes=model.bank_bytes,
             most_bank_bytes=model.memory_plan.most_bank_bytes,
+            kernel=resolve_kernel(options.kernel),
             page_cache=model.page_cache,
             peak_memory_bytes=machine.peak_resident_set_bytes(),
             passes=passes,

@@ -6,7 +6,7 @@ every family that uses them is covered. Models are built lazily: nothing here al
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -192,17 +192,20 @@ class _Probe(nn.Module):
         return mx.zeros((*indices.shape, x.shape[-1]), x.dtype)
 
 
-def probe_routing(config: Config) -> Routing:
+def probe_routing(config: Config, prepare: Callable[[nn.Module], None] | None = None) -> Routing:
     """Learn top-k per layer and the caches' sizes from a forward pass of one token.
 
-    Nothing is evaluated, so this costs graph building only. It runs on a model of its own,
-    because a forward pass may leave derived weights behind in the module.
+    `prepare` may change the model before that. Nothing is evaluated, so this costs graph
+    building only. It runs on a model of its own, because a forward pass may leave derived
+    weights behind in the module.
     """
     model, _ = build_model(config)
     modules = expert_modules(model)
     routing = Routing()
     replace_modules(model, {p: _Probe(m, p, routing) for p, m in modules.items()})
     routing.caches = make_prompt_cache(model)
+    if prepare is not None:
+        prepare(model)
     try:
         logits = model(mx.zeros((1, 1), mx.int32), cache=routing.caches)
     except AssertionError as error:

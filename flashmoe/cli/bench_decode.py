@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TARGETS = "targets: overlap at least 0.50, waiting at most 1.15, host at most 15%"
 
 
-@options.with_engine_options
+@options.with_engine_options_but("memory", "cache", "warm_start")
 def decode(
     model: options.Model = None,
     memory: Annotated[
@@ -133,7 +133,7 @@ def decode(
 
 
 def _print_points(report: DecodeReport) -> None:
-    _print_head(report)
+    _print_head(report, report.points[0].kernel)
     speeds, times = [], []
     for point in report.points:
         given = None if point.memory_bytes is None else format_size(point.memory_bytes)
@@ -149,7 +149,7 @@ def _print_points(report: DecodeReport) -> None:
 def _print_ladder(report: LadderReport) -> None:
     from flashmoe.cli.console import out
 
-    _print_head(report)
+    _print_head(report, report.rungs[0].kernel)
     speeds, times = [], []
     for rung in report.rungs:
         sizes = [format_size(size) for size in (rung.peak_memory_bytes, rung.bank_bytes)]
@@ -165,15 +165,15 @@ def _print_ladder(report: LadderReport) -> None:
     )
 
 
-def _print_head(report: DecodeReport | LadderReport) -> None:
+def _print_head(report: DecodeReport | LadderReport, kernel: str) -> None:
     from flashmoe.cli.console import out
 
     disk: DiskRate = report.disk
     cgroup = report.cgroup_bytes
     rates = [f"{x / 1e9:.2f}" for x in (disk.bytes_per_second, disk.slowest, disk.fastest)]
     out.print(
-        f"{report.store}: {format_size(report.streamed_bytes)} of experts, {report.prompts} "
-        f"prompts, answers of up to {report.max_tokens} tokens"
+        f"{report.store}: {format_size(report.streamed_bytes)} of experts, kernel {kernel}, "
+        f"{report.prompts} prompts, answers of up to {report.max_tokens} tokens"
         f"{'' if cgroup is None else f', cgroup of {format_size(cgroup)}'}; the disk gives "
         f"{rates[0]} GB/s ({rates[1]} to {rates[2]}, {disk.by})",
         markup=False,

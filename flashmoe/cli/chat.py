@@ -64,6 +64,8 @@ def chat(
             f"{format_size(manifest.streamed_bytes)} of experts on disk, {slots} of {experts} "
             f"fit the bank of {format_size(loaded.bank_bytes)}; /help for commands"
         )
+        if loaded.lossy:
+            print_dim(f"lossy: {', '.join(loaded.lossy)}; answers are not the model's own")
         talk = _Conversation(loaded, sampling, system, not no_template, max_tokens, stats)
         with _line_editing() as save_history:
             while talk.turn():

@@ -131,7 +131,7 @@ def _time_line(name: str, seconds: float, phases: Phases) -> str:
 class AnswerReport:
     """What one answer took; sizes in bytes, times in seconds.
 
-    `seconds` and the figures of the forecast are those of `Stats`.
+    `seconds` and the figures of the forecast are those of `Stats`, `lossy` is the model's.
     """
 
     prompt_tokens: int
@@ -155,6 +155,7 @@ class AnswerReport:
     forecast_recall: float | None
     bytes_wasted: int
     seconds: Seconds
+    lossy: tuple[str, ...]
 
     @classmethod
     def of(cls, model: FlashMoEModel, stats: Stats, first_token: float) -> AnswerReport:
@@ -183,6 +184,7 @@ class AnswerReport:
             forecast_recall=stats.forecast_recall,
             bytes_wasted=stats.bytes_wasted,
             seconds=stats.seconds,
+            lossy=model.lossy,
         )
 
     def line(self) -> str:
@@ -202,6 +204,8 @@ class AnswerReport:
         )
         if self.preloaded:
             line += f" · {self.preloaded_used} of {self.preloaded} preloaded experts used"
+        if self.lossy:
+            line += f" · lossy: {', '.join(self.lossy)}"
         return line
 
     def as_dict(self) -> dict[str, Any]:

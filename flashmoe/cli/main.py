@@ -11,6 +11,7 @@ from typer.exceptions import TyperException
 
 from flashmoe.cli import bench
 from flashmoe.cli.chat import chat
+from flashmoe.cli.eval import eval
 from flashmoe.cli.generate import generate
 from flashmoe.cli.info import info
 from flashmoe.cli.stores import inspect, repack, verify
@@ -29,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, generate, repack, inspect, verify, tune, trace, info):
+for command in (chat, generate, repack, inspect, verify, eval, tune, trace, info):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 

@@ -120,6 +120,22 @@ Tuned = Annotated[
         help="Leave what is not said here to what flashmoe tune stored, if it did.",
     ),
 ]
+ExpertsPerToken = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="LOSSY: route every token to N experts, fewer than the model was trained with.",
+        show_default=False,
+    ),
+]
+RouteBias = Annotated[
+    float,
+    typer.Option(
+        metavar="B",
+        help="LOSSY: while decoding, prefer experts in memory whose router logit is at most B "
+        "lower. Output then depends on what is in memory. 0 is off.",
+    ),
+]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Also print hits, misses and bytes read.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON for programs.")]
 
@@ -139,39 +155,50 @@ class EngineOptions:
     share: Share = False
     warm_start: WarmStart = True
     tuned: Tuned = True
+    experts_per_token: ExpertsPerToken = None
+    route_bias: RouteBias = 0.0
 
 
-def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` with the fields of `EngineOptions` in place of its parameter `engine`, which
-    receives them as one object; those that it has a parameter of its own for keep their default."""
-    hints = get_type_hints(EngineOptions, include_extras=True)
-    own = inspect.signature(command, eval_str=True).parameters
-    named = {
-        field.name: inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(EngineOptions)
-        if field.name not in own
-    }
-    parameters: list[inspect.Parameter] = []
-    for parameter in own.values():
-        if parameter.name == "engine":
-            parameters += named.values()
-        else:
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+Command = Callable[..., None]
 
-    @functools.wraps(command)
-    def run(**values: Any) -> None:
-        engine = EngineOptions(**{name: values.pop(name) for name in named})
-        command(**values, engine=engine)
 
-    # What typer asks a command for.
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
+def with_engine_options_but(*left_out: str) -> Callable[[Command], Command]:
+    """A decorator: the command with the fields of `EngineOptions`, but these, in place of its
+    parameter `engine`, which receives them as one object, the left out ones as their default."""
+
+    def decorate(command: Command) -> Command:
+        hints = get_type_hints(EngineOptions, include_extras=True)
+        named = {
+            field.name: inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=hints[field.name],
+            )
+            for field in fields(EngineOptions)
+            if field.name not in left_out
+        }
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            if parameter.name == "engine":
+                parameters += named.values()
+            else:
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            engine = EngineOptions(**{name: values.pop(name) for name in named})
+            command(**values, engine=engine)
+
+        # What typer asks a command for.
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+with_engine_options = with_engine_options_but()
 
 
 def load(model: str | None, engine: EngineOptions, *, quiet: bool = False) -> FlashMoEModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -52,6 +52,27 @@ def repack(
             show_default=False,
         ),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="rtn|hqq",
+            help="Round to nearest, or fit scales and biases to the weights (slower, closer). "
+            "Default: as the recipe, or rtn.",
+            show_default=False,
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE.toml",
+            help="Bits, group, mode and method part by part: 4-bit, 8-bit, 3-bit (experts 3, "
+            "down 4, rest 8), 2-bit (experts 2, rest 4), as-is, or a file.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the size of each part; write nothing.")
+    ] = False,
     revision: Annotated[
         str | None,
         typer.Option(metavar="REV", help="Branch, tag or commit on the Hub.", show_default=False),
@@ -66,6 +87,16 @@ def repack(
     """
     from flashmoe.cli.console import byte_progress, out, print_json
 
+    packing: dict[str, Any] = {
+        "bits": bits,
+        "group_size": group_size,
+        "resident_bits": resident_bits,
+        "method": method,
+        "recipe": recipe,
+    }
+    if dry_run:
+        _print_sizes(source, revision, packing, json)
+        return
     started = time.perf_counter()
     with byte_progress("repacking", quiet=json) as progress:
         from flashmoe.repacking.execute import repack as run
@@ -74,9 +105,7 @@ def repack(
         store = run(
             source,
             dest,
-            bits=bits,
-            group_size=group_size,
-            resident_bits=resident_bits,
+            **packing,
             revision=revision,
             force=force,
             progress=progress,
@@ -91,6 +120,34 @@ def repack(
     out.print(
         f"{format_size(written)} in {format_duration(seconds)}; "
         f"run it with: flashmoe chat {escape(str(store.path))}"
+    )
+
+
+def _print_sizes(source: str, revision: str | None, packing: dict[str, Any], json: bool) -> None:
+    from rich.table import Table
+
+    from flashmoe.cli.console import out, print_json
+    from flashmoe.repacking.execute import dry_run
+
+    sizes = dry_run(source, revision=revision, **packing)
+    if json:
+        print_json(asdict(sizes))
+        return
+    out.print(
+        f"{escape(source)}  {escape(sizes.model_type)}, {format_count(sizes.parameters)} "
+        "parameters; nothing is written"
+    )
+    table = Table()
+    for column in ("part", "size", "matrices"):
+        table.add_column(column, no_wrap=True)
+    for part in sizes.parts:
+        kinds = ", ".join(f"{count} × {name}" for name, count in part.packing.items())
+        table.add_row(part.part, format_size(part.bytes), escape(kinds))
+    out.print(table)
+    out.print(
+        f"resident {format_size(sizes.resident_bytes)}, streamed "
+        f"{format_size(sizes.streamed_bytes)}, per token {format_size(sizes.token_bytes)}; "
+        f"{format_size(sizes.file_bytes)} on disk"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from flashmoe.errors import ReadCancelled, ReadError
 from flashmoe.io.files import OpenFiles
+from flashmoe.io.lanes import Lane
 from flashmoe.io.pieces import DEFAULT_THREADS, Depth
 from flashmoe.io.reader import Priority, ReadCounters, Reader, ReadRequest, Ticket
 from flashmoe.io.transfer import Preadv
@@ -70,8 +71,22 @@ class NativeReader(Reader):
                 self._last_counters = self._count()
             return self._last_counters
 
+    def lane(self, depth: Depth) -> Reader:
+        with self._lock:
+            if self._handle is None:
+                raise ReadError("-", 0, "the reader is closed")
+            number = self._library.fm_reader_add_lane(
+                self._handle, depth.threads, depth.piece_bytes or 0
+            )
+        if number < 0:
+            raise MemoryError("no memory for a lane")
+        return Lane(self, number)
+
     def submit(
-        self, requests: Sequence[ReadRequest], priority: Priority = Priority.DEMAND
+        self,
+        requests: Sequence[ReadRequest],
+        priority: Priority = Priority.DEMAND,
+        lane: int = 0,
     ) -> NativeTicket:
         opened = [self._files.descriptor(request.path, request.offset) for request in requests]
         reads: Any = (FmRead * len(requests))()
@@ -90,7 +105,7 @@ class NativeReader(Reader):
             ticket = NativeTicket(self, requests)
             # Before anything can be written; an interrupted call leaves it there for good.
             self._running.add(ticket)
-            ticket.begin(self._handle, reads, priority)
+            ticket.begin(self._handle, reads, priority, lane)
         return ticket
 
     def wait_any(self, tickets: Sequence[Ticket]) -> int:
@@ -177,11 +192,11 @@ class NativeTicket(Ticket):
         self._requests = tuple(requests)
         self._handle = ctypes.c_void_p()
 
-    def begin(self, reader: Any, reads: Any, priority: Priority) -> None:
+    def begin(self, reader: Any, reads: Any, priority: Priority, lane: int) -> None:
         """Queue the batch."""
         # The library fills the handle in, so that an interrupt cannot lose it.
         code = self._library.fm_reader_submit(
-            reader, reads, len(reads), priority, ctypes.byref(self._handle)
+            reader, reads, len(reads), priority, lane, ctypes.byref(self._handle)
         )
         if code != OK:
             self._reader.ended(self)

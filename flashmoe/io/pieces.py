@@ -25,8 +25,9 @@ LARGEST_PIECE_BYTES = 1024 * 1024 * 1024
 class Depth:
     """How much of a file is asked of the disk at once.
 
-    `threads` pieces at a time, each of `piece_bytes` at most; None cuts a batch into a piece
-    for each thread, of 128 KiB to 1 MiB. Raises OptionError for numbers out of range.
+    `threads` pieces at a time, each of `piece_bytes` at most, give or take a block; None cuts a
+    batch into a piece for each thread, of 128 KiB to 1 MiB. Raises OptionError for numbers out
+    of range.
     """
 
     threads: int = DEFAULT_THREADS

@@ -9,12 +9,13 @@ import abc
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from flashmoe.errors import ReadCancelled, ReadError
 from flashmoe.io.files import OpenFiles
+from flashmoe.io.lanes import Lane
 from flashmoe.io.pieces import DEFAULT_THREADS, Depth, cut
 from flashmoe.io.reader import Priority, ReadCounters, Reader, ReadRequest, Ticket
 
@@ -55,9 +56,13 @@ class PooledReader(Reader):
         self, files: OpenFiles, threads: int = DEFAULT_THREADS, piece_bytes: int | None = None
     ) -> None:
         self._files = files
-        self._depth = Depth(threads, piece_bytes)
+        self._lanes = [Depth(threads, piece_bytes)]
         self._closed = False
-        self._crew = _Crew(threads, self._worker)
+        self._crew = _Crew(self._lanes, self._worker)
+
+    def lane(self, depth: Depth) -> Reader:
+        self._lanes.append(depth)
+        return Lane(self, len(self._lanes) - 1)
 
     @abc.abstractmethod
     def _worker(self) -> Work:
@@ -71,7 +76,10 @@ class PooledReader(Reader):
         return self._crew.counters()
 
     def submit(
-        self, requests: Sequence[ReadRequest], priority: Priority = Priority.DEMAND
+        self,
+        requests: Sequence[ReadRequest],
+        priority: Priority = Priority.DEMAND,
+        lane: int = 0,
     ) -> Ticket:
         jobs = [
             Job(request, self._files.descriptor(request.path, request.offset))
@@ -79,15 +87,15 @@ class PooledReader(Reader):
         ]
         if self._crew.process != os.getpid():
             # Threads do not survive a fork, and its locks may be held forever.
-            self._crew = _Crew(self._depth.threads, self._worker)
-        most = self._depth.piece_of(sum(request.nbytes for request in requests))
+            self._crew = _Crew(self._lanes, self._worker)
+        most = self._lanes[lane].piece_of(sum(request.nbytes for request in requests))
         pieces = []
         for job in jobs:
             begin = job.request.offset
             parts = cut(begin, begin + job.request.nbytes, most)
             job.pieces_left = len(parts)
             pieces += [Piece(job, *part, first=not i) for i, part in enumerate(parts)]
-        return self._crew.submit(jobs, pieces, priority)
+        return self._crew.submit(jobs, pieces, priority, lane)
 
     def wait_any(self, tickets: Sequence[Ticket]) -> int:
         return self._crew.wait_any(tickets)
@@ -126,9 +134,12 @@ class _Totals:
 class _Crew:
     """The threads and what they have to do. One lock guards all of it."""
 
-    def __init__(self, threads: int, worker: Callable[[], Work]) -> None:
+    def __init__(self, lanes: Sequence[Depth], worker: Callable[[], Work]) -> None:
         self.process = os.getpid()
-        self._most_threads = threads
+        # Lanes may be added to the list.
+        self._lanes = lanes
+        self._lane_running: Counter[int] = Counter()
+        self._blocked = 0
         self._worker = worker
         self._lock = threading.Lock()
         self._work_waits = threading.Condition(self._lock)
@@ -147,13 +158,14 @@ class _Crew:
             depth = totals.open_seconds / busy if busy else 0.0
             return ReadCounters(totals.reads, totals.bytes, totals.seconds, busy, depth)
 
-    def submit(self, jobs: list[Job], pieces: list[Piece], priority: Priority) -> Ticket:
-        batch = _Batch(self, jobs, pieces)
+    def submit(self, jobs: list[Job], pieces: list[Piece], priority: Priority, lane: int) -> Ticket:
+        batch = _Batch(self, jobs, pieces, lane)
         with self._lock:
+            most_threads = max(depth.threads for depth in self._lanes)
             if self._stopping and jobs:
                 raise ReadError(*_where(jobs[0]), "the reader is closed")
             self._open_pieces += len(pieces)
-            while len(self._threads) < min(self._most_threads, self._open_pieces):
+            while len(self._threads) < min(most_threads, self._open_pieces):
                 name = f"flashmoe-read-{len(self._threads)}"
                 thread = threading.Thread(target=self._run, name=name, daemon=True)
                 thread.start()
@@ -232,6 +244,8 @@ class _Crew:
                 for queue in self._waiting.values():
                     if batch in queue:
                         queue.remove(batch)
+                if self._blocked:
+                    self._work_waits.notify_all()
                 self._batch_ended.notify_all()
         return len(dropped)
 
@@ -239,16 +253,26 @@ class _Crew:
         work = self._worker()
         while True:
             with self._lock:
-                self._work_waits.wait_for(lambda: self._stopping or any(self._waiting.values()))
-                queue = next((self._waiting[p] for p in Priority if self._waiting[p]), None)
-                if queue is None:
-                    return
-                batch = queue[0]
+                while (batch := self._next_batch()) is None:
+                    blocked = any(self._waiting.values())
+                    if self._stopping and not blocked:
+                        return
+                    self._blocked += blocked
+                    self._work_waits.wait()
+                    self._blocked -= blocked
                 piece = batch.pieces[batch.next]
                 batch.next += 1
                 batch.running += 1
+                self._lane_running[batch.lane] += 1
                 if batch.next == batch.last:
-                    queue.popleft()
+                    for queue in self._waiting.values():
+                        if batch in queue:
+                            queue.remove(batch)
+                # Whoever takes a piece wakes the next one, if there is room for it.
+                if self._blocked and self._stopping:
+                    self._work_waits.notify_all()
+                elif self._blocked and self._next_batch() is not None:
+                    self._work_waits.notify()
             started = time.perf_counter()
             failure: BaseException | None = None
             try:
@@ -256,6 +280,18 @@ class _Crew:
             except BaseException as error:
                 failure = error
             self._note(batch, piece, failure, time.perf_counter() - started)
+
+    def _next_batch(self) -> _Batch | None:
+        """The batch whose next piece is to be read now; None when none is, or all must wait."""
+        for priority in Priority:
+            queue = self._waiting[priority]
+            for batch in queue:
+                if self._lane_running[batch.lane] < self._lanes[batch.lane].threads:
+                    return batch
+            if queue:
+                # What is less urgent waits with it.
+                return None
+        return None
 
     def _note(
         self, batch: _Batch, piece: Piece, failure: BaseException | None, seconds: float
@@ -273,6 +309,7 @@ class _Crew:
                     self._totals.reads += 1
                     self._totals.bytes += job.request.nbytes
             batch.running -= 1
+            self._lane_running[batch.lane] -= 1
             if batch.done():
                 self._batch_ended.notify_all()
 
@@ -280,8 +317,9 @@ class _Crew:
 class _Batch(Ticket):
     """Pieces up to `next` have been taken, those from `last` on never will be."""
 
-    def __init__(self, crew: _Crew, jobs: list[Job], pieces: list[Piece]) -> None:
+    def __init__(self, crew: _Crew, jobs: list[Job], pieces: list[Piece], lane: int) -> None:
         self._crew = crew
+        self.lane = lane
         self._jobs = jobs
         self.pieces = pieces
         self.next = 0

@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
+from flashmoe.io.pieces import Depth
+
 
 class Priority(IntEnum):
     """Which waiting reads begin first: none begins while one of a lower number waits."""
@@ -145,6 +147,13 @@ class Reader(abc.ABC):
 
         Raises ReadError when a file cannot be opened; then nothing of the batch is read.
         """
+
+    def lane(self, depth: Depth) -> Reader:
+        """This reader for batches that are read at another depth, so many pieces at a time for
+        all of the lane's batches; priorities hold across lanes, and closing a lane closes
+        nothing. A reader that has no depth is its own lane.
+        """
+        return self
 
     @abc.abstractmethod
     def wait_any(self, tickets: Sequence[Ticket]) -> int:

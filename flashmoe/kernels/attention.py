@@ -9,7 +9,6 @@ What is not covered goes to mlx-lm's function.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -81,15 +80,26 @@ def covers(
     return bool(batch * heads * n_queries * n_keys * (k_dim + v_dim) >= LEAST_PRODUCTS)
 
 
-def attending_class(module: nn.Module, clock: PhaseClock | None = None) -> type[nn.Module] | None:
-    """A subclass of the module's class that attends with `attend`, or None for a class whose
-    methods do not call mlx-lm's function."""
-    kind = type(module)
+def replace_attention(model: nn.Module, function: Callable[..., mx.array] = attend) -> None:
+    """Have `model` call `function` wherever its modules' methods call mlx-lm's."""
+    made: dict[type, type | None] = {}
+    for module in model.modules():
+        kind = type(module)
+        if kind not in made:
+            made[kind] = attending_class(kind, function)
+        if made[kind] is not None:
+            # Other modules may hold this very module, so it stays the one it is.
+            object.__setattr__(module, "__class__", made[kind])
+
+
+def attending_class(kind: type, function: Callable[..., mx.array] = attend) -> type | None:
+    """A subclass of a module's class that attends with `function`, or None for a class whose
+    methods do not call mlx-lm's."""
     methods: dict[str, Any] = {}
     for parent in reversed(kind.__mro__):
         for name, value in vars(parent).items():
             if isinstance(value, FunctionType) and _attends(value):
-                methods[name] = _with_global(value, NAME, partial(attend, clock=clock))
+                methods[name] = _with_global(value, NAME, function)
             else:
                 methods.pop(name, None)
     return type(kind.__name__, (kind,), methods) if methods else None

@@ -21,6 +21,8 @@ from flashmoe.phases import PhaseClock
 
 # Smaller layers stay with MLX: leaving and re-entering its graph costs more than they take.
 LEAST_WEIGHTS = 1 << 17
+# For fewer rows it does not pay to unpack and turn round a matrix that lies the other way.
+LEAST_TURNED_ROWS = 32
 
 
 class NativeLinear(nn.Linear):
@@ -66,12 +68,12 @@ class NativeQuantizedEmbedding(nn.QuantizedEmbedding):
 class NativeMultiLinear(MultiLinear):
     """mlx-lm's `MultiLinear`, a matrix per head: x [..., heads, n, cols] -> [..., heads, n, rows].
 
-    Evaluates `x`; the transposed product goes to mlx.
+    Evaluates `x`. The transposed product, rows -> cols, goes to mlx for few rows of `x`.
     """
 
     def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
-        if transpose and self._native and x.dtype == mx.float32:
-            return _product_per_head(self, x)
+        if _is_native_per_head(self, x, transpose):
+            return _product_per_head(self, x, transpose, self["weight"])
         y: mx.array = super().__call__(x, transpose)
         return y
 
@@ -80,8 +82,20 @@ class NativeQuantizedMultiLinear(QuantizedMultiLinear):
     """mlx-lm's `QuantizedMultiLinear`; see `NativeMultiLinear`."""
 
     def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
-        if transpose and self._native and x.dtype == mx.float32:
-            return _product_per_head(self, x)
+        if _is_native_per_head(self, x, transpose):
+            floats = (
+                None
+                if transpose
+                else mx.dequantize(
+                    self["weight"],
+                    self["scales"],
+                    self.get("biases"),
+                    group_size=self.group_size,
+                    bits=self.bits,
+                    mode=self.mode,
+                )
+            )
+            return _product_per_head(self, x, transpose, floats)
         y: mx.array = super().__call__(x, transpose)
         return y
 
@@ -171,16 +185,29 @@ def _product(layer: Any, x: mx.array) -> mx.array:
     return mx.array(y).reshape(*x.shape[:-1], matrix.rows)
 
 
-def _product_per_head(layer: Any, x: mx.array) -> mx.array:
-    matrix: native.Matrix = layer._matrix
-    if x.shape[-3] != matrix.n_slots:
-        x = mx.broadcast_to(x, (*x.shape[:-3], matrix.n_slots, *x.shape[-2:]))
+def _is_native_per_head(layer: Any, x: mx.array, transpose: bool) -> bool:
+    native_here: bool = layer._native and x.dtype == mx.float32
+    return native_here and (transpose or x.shape[-2] >= LEAST_TURNED_ROWS)
+
+
+def _product_per_head(
+    layer: Any, x: mx.array, transpose: bool, weight: mx.array | None
+) -> mx.array:
+    """`weight` [heads, rows, cols] in floats is what a transposed product turns round."""
     with layer._clock.during("computing"):
+        matrix: native.Matrix = layer._matrix
+        if not transpose:
+            assert weight is not None
+            matrix = native.matrix(_slots(weight.swapaxes(-1, -2)))
+        heads, n = matrix.n_slots, x.shape[-2]
         rows = np.array(x.reshape(-1, x.shape[-1]), copy=False)
-        heads = np.repeat(np.arange(matrix.n_slots, dtype=np.int32), x.shape[-2])
-        slots = np.tile(heads, len(rows) // len(heads))
-        y = native.matmul(rows, matrix, slots)
-    return mx.array(y).reshape(*x.shape[:-1], matrix.rows)
+        # Every head's rows of x, which may be the same for all heads.
+        x_rows = np.arange(len(rows), dtype=np.int32).reshape(-1, x.shape[-3], n)
+        shape = (len(x_rows), heads, n)
+        x_rows = np.broadcast_to(x_rows, shape)
+        slots = np.broadcast_to(np.arange(heads, dtype=np.int32)[:, None], shape)
+        y = native.matmul(rows, matrix, slots.reshape(-1), x_rows.reshape(-1))
+    return mx.array(y).reshape(*x.shape[:-3], heads, n, matrix.rows)
 
 
 def _with_bias(module: nn.Module, y: mx.array) -> mx.array:

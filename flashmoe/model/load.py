@@ -22,7 +22,7 @@ from flashmoe.checkpoint.architecture import (
 from flashmoe.checkpoint.config import Config
 from flashmoe.errors import StoreError
 from flashmoe.io.reader import Reader
-from flashmoe.kernels.attention import attending_class
+from flashmoe.kernels.attention import attend, replace_attention
 from flashmoe.kernels.contract import ExpertForward, ExpertKernel, ExpertSpec, ProjectionPacking
 from flashmoe.kernels.linear import native_twin
 from flashmoe.phases import PhaseClock
@@ -157,14 +157,7 @@ def use_native_linears(model: nn.Module, clock: PhaseClock | None = None) -> Non
 def use_native_attention(model: nn.Module, clock: PhaseClock | None = None) -> None:
     """Have the attention modules of `model` attend through the library where it covers that;
     `clock` is told of its time."""
-    made: dict[type, type | None] = {}
-    for module in model.modules():
-        kind = type(module)
-        if kind not in made:
-            made[kind] = attending_class(module, clock)
-        if made[kind] is not None:
-            # Other modules may hold this very module, so it stays the one it is.
-            object.__setattr__(module, "__class__", made[kind])
+    replace_attention(model, partial(attend, clock=clock))
 
 
 def stream_experts(

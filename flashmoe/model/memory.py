@@ -50,7 +50,8 @@ def choose_widening(config: Config, dtype: str) -> bool:
 class Needs:
     """What a model takes beside its bank.
 
-    `widen` and `widen_records`: whether resident weights and records become float32.
+    `widen` and `widen_records`: whether resident weights and records become float32;
+    `held_scores`: whether attention holds scores for all keys at once.
     """
 
     manifest: Manifest
@@ -59,6 +60,7 @@ class Needs:
     context: int
     widen: bool
     widen_records: bool
+    held_scores: bool
 
     @cached_property
     def layouts(self) -> list[LayerLayout]:
@@ -87,7 +89,7 @@ class Needs:
             heads=largest(self.config, "num_attention_heads"),
             vocabulary=self.probed.vocabulary,
             top_k=max(layout.top_k for layout in self.layouts),
-            materialized_scores=mx.default_device() == mx.cpu,
+            held_scores=self.held_scores,
             swept=swept,
         )
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 # Float32 holds this beside scores of any family without losing the order within a group.
-_BELOW_ALL = 1e4
+BELOW_ALL = 1e4
 # Published models have 8 groups of experts at most.
 _MOST_GROUPS = 16
 
@@ -34,6 +34,8 @@ _FUNCTIONS: tuple[Callable[[mx.array], mx.array], ...] = (
     _sqrt_softplus,
     _identity,
 )
+# Of these, a score depends on one logit alone.
+ELEMENTWISE = (mx.sigmoid, _sqrt_softplus)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def _limited(scores: mx.array, groups: Groups) -> mx.array:
     split = mx.unflatten(scores, -1, (groups.count, -1))
     totals = mx.topk(split, groups.best, axis=-1).sum(axis=-1, keepdims=True)
     least = mx.topk(totals, groups.kept, axis=-2).min(axis=-2, keepdims=True)
-    limited: Any = mx.where(totals < least, split - _BELOW_ALL, split)
+    limited: Any = mx.where(totals < least, split - BELOW_ALL, split)
     return mx.flatten(limited, -2, -1)
 
 

@@ -5,6 +5,7 @@ Knows formats, files and threads; knows no models.
 
 from flashmoe.native.attention import attend
 from flashmoe.native.experts import Activation, Experts, expert_forward, experts
+from flashmoe.native.fit import fit_groups
 from flashmoe.native.loader import available, isa, set_threads, threads, use_isa
 from flashmoe.native.matrix import Matrix, covers, covers_floats, matmul, matrix
 
@@ -18,6 +19,7 @@ __all__ = [
     "covers_floats",
     "expert_forward",
     "experts",
+    "fit_groups",
     "isa",
     "matmul",
     "matrix",

@@ -11,7 +11,7 @@
 
 #include <algorithm>
 #include <exception>
-#include <memory>
+#include <functional>
 #include <vector>
 
 #include "dispatch.h"
@@ -74,7 +74,6 @@ class Tile {
   }
 
   Partial partial() const { return Partial(rows_, width_); }
-  int64_t count() const { return count_; }
 
   // What the keys from `begin` to `end` give.
   void span(int64_t begin, int64_t end, Partial& out) {
@@ -139,10 +138,13 @@ class Tile {
   void block(int64_t key, int64_t keys, Partial& out) {
     if (!look(key, keys)) return;
     const float* k = a_.k + offset(a_.k_strides, kv_head_, key);
+    fetch(a_.v, a_.v_strides, key, keys, a_.v_dim);
     table_.outer({k, a_.k_strides[2], a_.k_strides[3], queries_.data(), rows_, keys, a_.k_dim,
                   rows_, scores_.data(), rows_, nullptr, nullptr});
     table_.weigh({scores_.data(), rows_, keys, visible_.data(), a_.mask ? added_.data() : nullptr,
                   out.most.data(), out.total.data(), fade_.data(), kept_.data()});
+    if (key + keys < a_.keys)
+      fetch(a_.k, a_.k_strides, key + keys, std::min(kKeys, a_.keys - key - keys), a_.k_dim);
     const float* v = a_.v + offset(a_.v_strides, kv_head_, key);
     int64_t v_row = a_.v_strides[2];
     if (!values_.empty()) {
@@ -154,6 +156,16 @@ class Tile {
     }
     table_.outer({scores_.data(), 1, rows_, v, v_row, count_, keys, width_, out.sums.data(), width_,
                   fade_.data(), kept_.data()});
+  }
+
+  // Has the memory of some keys or values on its way, which products walk in strides.
+  void fetch(const float* from, const int64_t* strides, int64_t key, int64_t keys,
+             int64_t dim) const {
+    constexpr int64_t line = 64 / int64_t(sizeof(float));
+    for (int64_t i = 0; i < keys; ++i) {
+      const float* row = from + offset(strides, kv_head_, key + i);
+      for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(row + d * strides[3]);
+    }
   }
 
   // A softmax over equal scores.
@@ -183,11 +195,12 @@ void attend(const fm_attention& a, float* out) {
   const int64_t tiles = (rows + kMostRows - 1) / kMostRows;
   const int64_t per_batch = a.kv_heads * tiles, all = a.batch * per_batch;
   const int64_t spans = (a.keys + kSpan - 1) / kSpan;
+  // The last rows see most where there is a mask: they begin.
+  const auto first_row = [&](int64_t i) { return (tiles - 1 - i % tiles) * kMostRows; };
+  const auto tile_rows = [&](int64_t i) { return std::min(kMostRows, rows - first_row(i)); };
   const auto tile = [&](int64_t i) {
-    // The last rows see most where there is a mask: they begin.
-    const int64_t first = (tiles - 1 - i % tiles) * kMostRows;
-    const int64_t count = std::min(kMostRows, rows - first);
-    return Tile(table, a, i / per_batch, i / tiles % a.kv_heads, first, count);
+    const int64_t kv_head = i / tiles % a.kv_heads;
+    return Tile(table, a, i / per_batch, kv_head, first_row(i), tile_rows(i));
   };
   const auto share = [&](int64_t count, const std::function<void(int64_t)>& work) {
     if (a.batch * a.kv_heads * rows * a.keys * (a.k_dim + a.v_dim) >= kWorthSharing)
@@ -202,25 +215,29 @@ void attend(const fm_attention& a, float* out) {
       total.clear();
       for (int64_t s = 0; s < spans; ++s) {
         t.span(s * kSpan, span_end(s), part);
-        total.add(table, part, t.count());
+        total.add(table, part, tile_rows(i));
       }
       t.finish(total, out);
     });
   }
-  // Few rows and many keys: threads share the keys.
-  std::vector<std::unique_ptr<Partial>> parts(all * spans);
-  share(all * spans, [&](int64_t i) {
-    Tile t = tile(i / spans);
-    parts[i].reset(new Partial(t.partial()));
-    t.span(i % spans * kSpan, span_end(i % spans), *parts[i]);
-  });
+  // Few rows and many keys: threads share the keys, some spans at a time, which bounds memory.
+  const int64_t together = std::clamp<int64_t>(4 * fm_threads() / all, 1, spans);
+  std::vector<Partial> totals, parts;
   for (int64_t i = 0; i < all; ++i) {
-    const Tile t = tile(i);
-    Partial total = t.partial();
-    total.clear();
-    for (int64_t s = 0; s < spans; ++s) total.add(table, *parts[i * spans + s], t.count());
-    t.finish(total, out);
+    totals.push_back(tile(i).partial());
+    totals.back().clear();
+    for (int64_t s = 0; s < together; ++s) parts.push_back(totals.back());
   }
+  for (int64_t first = 0; first < spans; first += together) {
+    const int64_t count = std::min(together, spans - first);
+    share(all * count, [&](int64_t i) {
+      const int64_t span = first + i % count;
+      tile(i / count).span(span * kSpan, span_end(span), parts[i]);
+    });
+    for (int64_t i = 0; i < all * count; ++i)
+      totals[i / count].add(table, parts[i], tile_rows(i / count));
+  }
+  for (int64_t i = 0; i < all; ++i) tile(i).finish(totals[i], out);
 }
 
 bool fits(const fm_attention& a) {

@@ -22,6 +22,8 @@ FLAGS = (
     "-fvisibility=hidden",
     # Every fused multiply-add is asked for by name, so that all paths round alike.
     "-ffp-contract=off",
+    # Nothing reads errno, and setting it would keep square roots out of vectors.
+    "-fno-math-errno",
     "-Wall",
     "-Wextra",
     "-pthread",
@@ -31,6 +33,7 @@ _COMMON: _Sources = {
     "attention.cpp": (),
     "dispatch.cpp": (),
     "experts.cpp": (),
+    "fit.cpp": (),
     "grouping.cpp": (),
     "matmul.cpp": (),
     "pool.cpp": (),

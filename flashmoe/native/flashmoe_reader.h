@@ -62,10 +62,15 @@ typedef struct {
 FM_EXPORT fm_reader* fm_reader_open(int32_t threads, int64_t piece_bytes, int32_t uncached,
                                     fm_preadv preadv);
 
+/* A lane: batches submitted to it are cut into pieces of piece_bytes (0 as above), of which at
+ * most so many are read at a time; lane 0 is that of fm_reader_open. Priorities hold across
+ * lanes. Its number, or -1 without memory. */
+FM_EXPORT int32_t fm_reader_add_lane(fm_reader* reader, int32_t threads, int64_t piece_bytes);
+
 /* Queue a batch behind earlier ones of its priority; FM_OK puts a ticket into *ticket, which is
  * to be freed. FM_NO_RESOURCES, when there is no thread or memory: nothing will be read. */
 FM_EXPORT int fm_reader_submit(fm_reader* reader, const fm_read* reads, int64_t n,
-                               int32_t priority, fm_ticket** ticket);
+                               int32_t priority, int32_t lane, fm_ticket** ticket);
 
 /* Drop everything that has not begun; 1 once nothing is being read, 0 when seconds have passed. */
 FM_EXPORT int fm_reader_drain(fm_reader* reader, double seconds);

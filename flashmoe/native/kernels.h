@@ -7,6 +7,7 @@
 
 #include <stdint.h>
 
+#include "flashmoe_fit.h"
 #include "flashmoe_native.h"
 
 namespace flashmoe {
@@ -97,6 +98,8 @@ struct Kernels {
   // n scales of FM_BF16 or FM_F16 to float32
   void (*widen_bf16)(const uint16_t* in, int64_t n, float* out);
   void (*widen_f16)(const uint16_t* in, int64_t n, float* out);
+  // one group of fm_fit_groups
+  void (*fit_group)(const float* w, const fm_fit& fit, uint32_t* codes, float* scale, float* bias);
 };
 
 extern const Kernels kAvx512Kernels;

@@ -7,6 +7,7 @@
 
 #include "activations.inl"
 #include "attention.inl"
+#include "fit.inl"
 #include "kernels.h"
 
 namespace flashmoe {
@@ -231,7 +232,8 @@ constexpr Kernels make_kernels() {
           weigh,
           blend,
           widen<BF16>,
-          widen<F16>};
+          widen<F16>,
+          fit_group};
 }
 
 }  // namespace

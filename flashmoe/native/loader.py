@@ -10,7 +10,7 @@ from typing import Any
 from flashmoe.errors import OptionError
 
 LIBRARY = "libflashmoe.so"  # as build.py names it
-VERSION = "3"  # of the interface, as matmul.cpp states it
+VERSION = "4"  # of the interface, as matmul.cpp states it
 F32, BF16, F16, AFFINE, MXFP4 = range(5)
 OK, UNSUPPORTED, BAD_ARGUMENT, NO_RESOURCES = range(4)
 NO_MASK, CAUSAL_MASK, BOOLEAN_MASK, ADDED_MASK = range(4)
@@ -77,6 +77,20 @@ class FmExperts(ctypes.Structure):
     )
 
 
+class FmFit(ctypes.Structure):
+    """`fm_fit` of flashmoe_fit.h."""
+
+    _fields_ = (
+        ("bits", ctypes.c_int32),
+        ("group_size", ctypes.c_int32),
+        ("scale_dtype", ctypes.c_int32),
+        ("rounds", ctypes.c_int32),
+        ("n_starts", ctypes.c_int32),
+        ("starts", ctypes.c_void_p),
+        ("least_residual", ctypes.c_float),
+    )
+
+
 class FmAttention(ctypes.Structure):
     """`fm_attention` of flashmoe_native.h."""
 
@@ -138,6 +152,14 @@ def _load() -> Any:
         ctypes.c_int64,
         ctypes.c_int64,
         ctypes.POINTER(FmExperts),
+        ctypes.c_void_p,
+    )
+    library.fm_fit_groups.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.POINTER(FmFit),
+        ctypes.c_void_p,
+        ctypes.c_void_p,
         ctypes.c_void_p,
     )
     library.fm_attend.argtypes = (ctypes.POINTER(FmAttention), ctypes.c_void_p)

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <iterator>
 #include <utility>
 
 namespace flashmoe {
@@ -35,14 +36,26 @@ int64_t cut(std::vector<Piece>& pieces, int64_t request, int64_t begin, int64_t 
 
 }  // namespace
 
-ReadPool::ReadPool(int threads, int64_t piece_bytes, bool uncached, fm_preadv preadv)
-    : most_threads_(std::max(1, threads)),
-      piece_bytes_(piece_bytes),
-      uncached_(uncached),
-      preadv_(preadv) {}
+ReadPool::ReadPool(std::vector<Lane> lanes, bool uncached, fm_preadv preadv)
+    : lanes_(std::move(lanes)), uncached_(uncached), preadv_(preadv) {
+  for (const Lane& lane : lanes_) most_threads_ = std::max(most_threads_, lane.threads);
+}
 
-std::shared_ptr<Batch> ReadPool::submit(const fm_read* reads, int64_t n, int priority) {
+void ReadPool::add_lane(const Lane& lane) {
+  std::lock_guard<std::mutex> locked(lock_);
+  lanes_.push_back(lane);
+  most_threads_ = std::max(most_threads_, lane.threads);
+}
+
+std::shared_ptr<Batch> ReadPool::submit(const fm_read* reads, int64_t n, int priority,
+                                        size_t number) {
+  Lane lane;
+  {
+    std::lock_guard<std::mutex> locked(lock_);
+    lane = lanes_[number];
+  }
   auto batch = std::make_shared<Batch>();
+  batch->lane = number;
   batch->requests.reserve(size_t(n));
   int64_t total = 0, empty = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -53,9 +66,9 @@ std::shared_ptr<Batch> ReadPool::submit(const fm_read* reads, int64_t n, int pri
     total += request.bytes;
     batch->requests.push_back(std::move(request));
   }
-  const int64_t most = piece_bytes_ > 0
-                           ? piece_bytes_
-                           : std::clamp(total / most_threads_, kLeastPiece, kMostPiece);
+  const int64_t most = lane.piece_bytes > 0
+                           ? lane.piece_bytes
+                           : std::clamp(total / lane.threads, kLeastPiece, kMostPiece);
   for (int64_t i = 0; i < n; ++i) {
     Request& request = batch->requests[size_t(i)];
     request.pieces_left = cut(batch->pieces, i, request.offset, request.bytes, most);
@@ -95,23 +108,47 @@ void ReadPool::start_threads() {
   while (threads_.size() < wanted) threads_.emplace_back(&ReadPool::run, this);
 }
 
+bool ReadPool::anything_waits() const {
+  return std::any_of(std::begin(waiting_), std::end(waiting_),
+                     [](const Queue& queue) { return !queue.empty(); });
+}
+
+// The batch whose next piece is to be read now; null when none is, or all have to wait.
+std::shared_ptr<Batch> ReadPool::next_batch() {
+  for (const Queue& queue : waiting_) {
+    const auto found = std::find_if(queue.begin(), queue.end(), [&](const auto& batch) {
+      return lanes_[batch->lane].running < lanes_[batch->lane].threads;
+    });
+    if (found != queue.end()) return *found;
+    // What is less urgent waits with it.
+    if (!queue.empty()) return nullptr;
+  }
+  return nullptr;
+}
+
 void ReadPool::run() {
   Transfer transfer(uncached_, preadv_);
   std::unique_lock<std::mutex> locked(lock_);
   for (;;) {
-    auto* queue = &waiting_[FM_DEMAND];
-    for (int next = FM_FORECAST; queue->empty() && next < kPriorities; ++next) {
-      queue = &waiting_[next];
-    }
-    if (queue->empty()) {
-      if (stopping_) return;
+    const std::shared_ptr<Batch> batch = next_batch();
+    if (!batch) {
+      const bool blocked = anything_waits();
+      if (!blocked && stopping_) return;
+      blocked_ += blocked;
       work_waits_.wait(locked);
+      blocked_ -= blocked;
       continue;
     }
-    const std::shared_ptr<Batch> batch = queue->front();
     const Piece piece = batch->pieces[batch->next++];
     ++batch->running;
-    if (batch->next == batch->last) queue->pop_front();
+    ++lanes_[batch->lane].running;
+    if (batch->next == batch->last) forget(*batch);
+    // Whoever takes a piece wakes the next one, if there is room for it.
+    if (blocked_ && stopping_) {
+      work_waits_.notify_all();
+    } else if (blocked_ && next_batch()) {
+      work_waits_.notify_one();
+    }
     locked.unlock();
 
     const Request& request = batch->requests[size_t(piece.request)];
@@ -147,6 +184,7 @@ void ReadPool::note(Batch& batch, const Piece& piece, const Outcome& outcome, do
     }
   }
   --batch.running;
+  --lanes_[batch.lane].running;
   if (batch.ended()) batch_ended_.notify_all();
 }
 
@@ -170,17 +208,23 @@ int64_t ReadPool::cancel_locked(Batch& batch) {
     batch.last = last;
     count_open(-dropped);
     if (batch.next == last) {
-      for (auto& queue : waiting_) {
-        const auto found =
-            std::find_if(queue.begin(), queue.end(), [&](auto& b) { return b.get() == &batch; });
-        if (found == queue.end()) continue;
-        queue.erase(found);
-        break;
-      }
+      forget(batch);
+      if (blocked_) work_waits_.notify_all();
       batch_ended_.notify_all();
     }
   }
   return dropped;
+}
+
+// Take a batch out of its queue.
+void ReadPool::forget(const Batch& batch) {
+  for (Queue& queue : waiting_) {
+    const auto found =
+        std::find_if(queue.begin(), queue.end(), [&](auto& b) { return b.get() == &batch; });
+    if (found == queue.end()) continue;
+    queue.erase(found);
+    return;
+  }
 }
 
 int64_t ReadPool::wait(const std::vector<const Batch*>& batches, double seconds) {

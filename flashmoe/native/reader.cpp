@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <memory>
@@ -36,8 +37,7 @@ struct fm_ticket {
 };
 
 struct fm_reader {
-  int32_t threads;
-  int64_t piece_bytes;
+  std::vector<Lane> lanes;
   bool uncached;
   fm_preadv preadv;
   std::shared_ptr<ReadPool> pool;
@@ -51,22 +51,35 @@ fm_reader* fm_reader_open(int32_t threads, int64_t piece_bytes, int32_t uncached
   static const int registered = pthread_atfork(nullptr, nullptr, note_fork);
   (void)registered;
   try {
-    auto pool = std::make_shared<ReadPool>(threads, piece_bytes, uncached != 0, preadv);
-    return new fm_reader{threads,         piece_bytes, uncached != 0, preadv,
-                         std::move(pool), forks.load()};
+    std::vector<Lane> lanes = {{std::max(1, threads), piece_bytes}};
+    auto pool = std::make_shared<ReadPool>(lanes, uncached != 0, preadv);
+    return new fm_reader{std::move(lanes), uncached != 0, preadv, std::move(pool), forks.load()};
   } catch (const std::exception&) {
     return nullptr;
   }
 }
 
+int32_t fm_reader_add_lane(fm_reader* reader, int32_t threads, int64_t piece_bytes) {
+  try {
+    const Lane lane = {std::max(1, threads), piece_bytes};
+    reader->lanes.push_back(lane);
+    // A child process begins with all lanes.
+    if (!reader->forked()) reader->pool->add_lane(lane);
+  } catch (const std::exception&) {
+    return -1;
+  }
+  return int32_t(reader->lanes.size() - 1);
+}
+
 int fm_reader_submit(fm_reader* reader, const fm_read* reads, int64_t n, int32_t priority,
-                     fm_ticket** ticket) {
+                     int32_t lane, fm_ticket** ticket) {
   if (!reader || (n && !reads) || n < 0 || priority < 0 || priority >= kPriorities || !ticket)
     return FM_BAD_ARGUMENT;
+  if (lane < 0 || size_t(lane) >= reader->lanes.size()) return FM_BAD_ARGUMENT;
   try {
     if (reader->forked()) {
-      auto fresh = std::make_shared<ReadPool>(reader->threads, reader->piece_bytes,
-                                              reader->uncached, reader->preadv);
+      auto fresh =
+          std::make_shared<ReadPool>(reader->lanes, reader->uncached, reader->preadv);
       leave(reader->pool);
       reader->pool = std::move(fresh);
       reader->process = forks.load();
@@ -74,7 +87,7 @@ int fm_reader_submit(fm_reader* reader, const fm_read* reads, int64_t n, int32_t
     auto made = std::make_unique<fm_ticket>();
     made->pool = reader->pool;
     made->process = reader->process;
-    made->batch = reader->pool->submit(reads, n, priority);
+    made->batch = reader->pool->submit(reads, n, priority, size_t(lane));
     *ticket = made.release();
   } catch (const std::exception&) {
     return FM_NO_RESOURCES;

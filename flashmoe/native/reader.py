@@ -66,7 +66,8 @@ def library() -> Any:
     pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     found.fm_reader_open.argtypes = (int32, int64, int32, PREADV)
     found.fm_reader_open.restype = pointer
-    found.fm_reader_submit.argtypes = (pointer, pointer, int64, int32, pointer)
+    found.fm_reader_add_lane.argtypes = (pointer, int32, int64)
+    found.fm_reader_submit.argtypes = (pointer, pointer, int64, int32, int32, pointer)
     found.fm_reader_drain.argtypes = (pointer, ctypes.c_double)
     found.fm_reader_counters.argtypes = (pointer, pointer)
     found.fm_reader_counters.restype = None

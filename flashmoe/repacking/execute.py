@@ -9,7 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 from flashmoe.checkpoint.architecture import build_model, model_classes, probe_routing
@@ -20,14 +19,16 @@ from flashmoe.dtypes import array_bytes
 from flashmoe.errors import OptionError, SourceError, StoreError
 from flashmoe.repacking.identity import SourceHasher
 from flashmoe.repacking.plan import RepackPlan, plan_repack
-from flashmoe.repacking.quantize import Precision, quantize_lazily
+from flashmoe.repacking.presets import AS_IS, choose_recipe
+from flashmoe.repacking.quantize import Settings, Tensors, quantize_lazily, settle
+from flashmoe.repacking.recipe import Recipe
+from flashmoe.repacking.sizes import PlannedSizes, sizes_of
 from flashmoe.store.layout import LayerLayout
 from flashmoe.store.manifest import LayerFile, Manifest, Source
 from flashmoe.store.reader import Store, is_store, open_store
 from flashmoe.store.writer import StoreWriter, refuse_unless_ours
 
 Progress = Callable[[int, int], None]
-Arrays = dict[str, mx.array]
 
 
 def repack(
@@ -37,6 +38,8 @@ def repack(
     bits: int | None = None,
     group_size: int | None = None,
     resident_bits: int | None = None,
+    method: str | None = None,
+    recipe: str | Path | Recipe | None = None,
     revision: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -44,16 +47,20 @@ def repack(
     """Turn a checkpoint (folder or Hub id) into a store at `dest` (default NAME.flashmoe).
 
     A quantized MLX checkpoint is repacked bit for bit and takes no `bits`. A float one is
-    quantized with `mx.quantize`: `bits` 2, 3, 4, 5, 6 or 8 (default 4) in groups of
-    `group_size` 32, 64 or 128 (default 64), `resident_bits` (default `bits`) for everything but
-    the experts; 32 keeps floats as they are, 16 rounds float32 to bfloat16.
+    quantized: `bits` 2, 3, 4, 5, 6 or 8 (default 4) in groups of `group_size` 32, 64 or 128
+    (default 64), `resident_bits` (default `bits`) for everything but the experts; 32 keeps
+    floats as they are, 16 rounds float32 to bfloat16. `method` "rtn" rounds to nearest as
+    mx.quantize does, "hqq" fits scales and biases to the weights. A `recipe`, by name or from a
+    TOML file, states all of this part by part.
     `progress(done_bytes, total_bytes)` is called as tensors are written.
 
     Raises SourceError, StoreError or OptionError; whatever happens, `dest` looks complete only
     once it is.
     """
-    asked = not (bits is group_size is resident_bits is None)
-    precision = Precision.from_options(bits, group_size, resident_bits)
+    chosen = choose_recipe(
+        recipe, bits=bits, group_size=group_size, resident_bits=resident_bits, method=method
+    )
+    asked = any(x is not None for x in (bits, group_size, resident_bits, method, recipe))
     name = Path(source).expanduser().resolve().name
     folder = Path(dest) if dest is not None else Path(f"{name}.flashmoe")
     # Before anything is fetched.
@@ -62,24 +69,12 @@ def repack(
         raise SourceError(f"{source} is a store already; repack the checkpoint it was made from")
     checkpoint = resolve(source, revision)
     check_files(checkpoint)
-    model, config = load_lazily(checkpoint)
-    routing = probe_routing(config)
-    if _is_quantized(model):
-        if asked:
-            raise OptionError(
-                f"{source} is already quantized and is repacked bit for bit; "
-                "leave out bits, group size and resident bits"
-            )
-    else:
-        quantize_lazily(model, precision)
-    plan = plan_repack(model, config, routing)
-    arrays = dict(tree_flatten(model.parameters()))
-    del model
+    plan, tensors = _prepare(source, checkpoint, chosen, asked)
     hasher = SourceHasher(checkpoint)
     try:
         with StoreWriter(folder, force=force) as writer:
             _check_free_disk(folder, plan)
-            resident, layers = _write(plan, arrays, writer, progress)
+            resident, layers = _write(plan, tensors, writer, progress)
             copied = {path.name: writer.copy(path) for path in checkpoint.copied_files}
             writer.commit(
                 Manifest(
@@ -99,6 +94,44 @@ def repack(
     finally:
         hasher.close()
     return open_store(folder)
+
+
+def dry_run(
+    source: str | Path,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    resident_bits: int | None = None,
+    method: str | None = None,
+    recipe: str | Path | Recipe | None = None,
+    revision: str | None = None,
+) -> PlannedSizes:
+    """The sizes of what `repack` with these options would write; nothing is. Raises as it."""
+    chosen = choose_recipe(
+        recipe, bits=bits, group_size=group_size, resident_bits=resident_bits, method=method
+    )
+    asked = any(x is not None for x in (bits, group_size, resident_bits, method, recipe))
+    checkpoint = resolve(source, revision)
+    check_files(checkpoint)
+    plan, _ = _prepare(source, checkpoint, chosen, asked)
+    return sizes_of(plan)
+
+
+def _prepare(
+    source: str | Path, checkpoint: Checkpoint, recipe: Recipe, asked: bool
+) -> tuple[RepackPlan, Tensors]:
+    model, config = load_lazily(checkpoint)
+    routing = probe_routing(config)
+    settings: Settings = {}
+    if not _is_quantized(model):
+        settings = settle(model, recipe)
+    elif asked and recipe != AS_IS:
+        raise OptionError(
+            f"{source} is already quantized and is repacked bit for bit; "
+            "leave out bits, group size, resident bits, method and recipe"
+        )
+    tensors = quantize_lazily(model, settings)
+    return plan_repack(model, config, routing, settings), tensors
 
 
 def load_lazily(checkpoint: Checkpoint) -> tuple[nn.Module, Config]:
@@ -132,7 +165,7 @@ def load_lazily(checkpoint: Checkpoint) -> tuple[nn.Module, Config]:
 
 
 def _write(
-    plan: RepackPlan, arrays: Arrays, writer: StoreWriter, progress: Progress | None
+    plan: RepackPlan, tensors: Tensors, writer: StoreWriter, progress: Progress | None
 ) -> tuple[Any, tuple[LayerFile, ...]]:
     done = 0
 
@@ -146,32 +179,32 @@ def _write(
     resident = []
     for shard in plan.resident:
         names = [tensor.name for tensor in shard.tensors]
-        contents = _evaluated(arrays, names, advance)
+        contents = _evaluated(tensors, names, advance)
         resident.append(writer.write_resident(shard.file, shard.tensors, contents))
-    layers = tuple(_write_layer(layer, arrays, writer, advance) for layer in plan.layers)
+    layers = tuple(_write_layer(layer, tensors, writer, advance) for layer in plan.layers)
     return tuple(resident), layers
 
 
 def _evaluated(
-    arrays: Arrays, names: list[str], advance: Callable[[int], None]
+    tensors: Tensors, names: list[str], advance: Callable[[int], None]
 ) -> Iterator[memoryview]:
     """The bytes of each array in turn; an array is dropped before the next is evaluated."""
     for name in names:
-        content = array_bytes(arrays.pop(name))
+        content = array_bytes(tensors.pop(name))
         yield content
         advance(len(content))
         del content
 
 
 def _write_layer(
-    layer: LayerLayout, arrays: Arrays, writer: StoreWriter, advance: Callable[[int], None]
+    layer: LayerLayout, tensors: Tensors, writer: StoreWriter, advance: Callable[[int], None]
 ) -> LayerFile:
     out = writer.layer(layer)
     projections = dict.fromkeys(component.projection for component in layer.record.components)
     for projection in projections:
         components = [c for c in layer.record.components if c.projection == projection]
         # Together, because a quantized weight, its scales and its biases are one operation.
-        parts = [arrays.pop(f"{layer.path}.{component.name}") for component in components]
+        parts = [tensors.pop(f"{layer.path}.{component.name}") for component in components]
         mx.eval(parts)
         while parts:
             content = array_bytes(parts.pop(0))

@@ -2,110 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path
 
-from flashmoe.checkpoint.architecture import PROJECTION_TYPES, expert_modules, projections_of
 from flashmoe.errors import OptionError
+from flashmoe.repacking import hqq
+from flashmoe.repacking.parts import Parts, layer_of
+from flashmoe.repacking.recipe import Recipe, Setting
 
-BITS = (2, 3, 4, 5, 6, 8, 16, 32)
-GROUP_SIZES = (32, 64, 128)
-DEFAULT_BITS = 4
-DEFAULT_GROUP_SIZE = 64
+Settings = Mapping[str, Setting]
+PACKED = ("weight", "scales", "biases")
 
 
-@dataclass(frozen=True)
-class Precision:
-    """Bits of the experts and of everything resident; 16 and 32 keep floats.
+class Tensors:
+    """A model's tensors by name, each evaluated by whoever takes it.
 
-    16 rounds float32 tensors to bfloat16; 32 leaves every tensor as the source has it.
+    What mx.quantize packs is lazy already. Weights with another method are packed when the first
+    of their tensors is taken: `packed_later` has their floats and settings by module path.
     """
 
-    bits: int = DEFAULT_BITS
-    group_size: int = DEFAULT_GROUP_SIZE
-    resident_bits: int = DEFAULT_BITS
+    def __init__(
+        self, model: nn.Module, packed_later: Mapping[str, tuple[mx.array, Setting]]
+    ) -> None:
+        self._arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+        self._later = dict(packed_later)
 
-    @classmethod
-    def from_options(
-        cls, bits: int | None, group_size: int | None, resident_bits: int | None
-    ) -> Precision:
-        """Fill in the defaults: 4 bits, groups of 64, resident weights as the experts.
-
-        Raises OptionError for a value outside BITS or GROUP_SIZES.
-        """
-        bits = DEFAULT_BITS if bits is None else bits
-        group_size = DEFAULT_GROUP_SIZE if group_size is None else group_size
-        resident_bits = bits if resident_bits is None else resident_bits
-        for name, value, allowed in (
-            ("bits", bits, BITS),
-            ("group size", group_size, GROUP_SIZES),
-            ("resident bits", resident_bits, BITS),
-        ):
-            if value not in allowed:
-                raise OptionError(f"{name} must be one of {list(allowed)}, not {value}")
-        return cls(bits, group_size, resident_bits)
+    def pop(self, name: str) -> mx.array:
+        """Take a tensor out; KeyError when it is not, or no longer, there."""
+        path, _, part = name.rpartition(".")
+        if path in self._later and part in PACKED:
+            weight, setting = self._later.pop(path)
+            for field, array in pack(weight, setting).items():
+                self._arrays[f"{path}.{field}"] = array
+        return self._arrays.pop(name)
 
 
-def quantize_lazily(model: nn.Module, precision: Precision) -> nn.Module:
-    """Put quantized modules in where `precision` asks for them; nothing is evaluated yet.
+def pack(weight: mx.array, setting: Setting) -> dict[str, mx.array]:
+    """A weight [..., width] as the tensors that MLX multiplies with: `weight`, `scales` and, in
+    mode affine, `biases`. Rows are packed alike whatever is packed with them."""
+    if setting.method == "hqq":
+        parts = hqq.quantize(weight, setting.group_size, setting.bits)
+    else:
+        parts = mx.quantize(
+            weight, group_size=setting.group_size, bits=setting.bits, mode=setting.mode
+        )
+    return dict(zip(PACKED, parts, strict=False))
 
-    What the family's own quant_predicate protects (routers and the like) stays protected.
-    Raises OptionError when an expert projection's width is no multiple of the group size.
+
+def settle(model: nn.Module, recipe: Recipe) -> Settings:
+    """What `recipe` says about each module that has parameters, by path.
+
+    What the family's own quant_predicate protects (routers and the like) stays protected, and
+    rows that groups do not divide stay floats, as mlx-lm converts them. Raises OptionError for
+    an expert projection whose rows they do not divide.
     """
-    if 16 in (precision.bits, precision.resident_bits):
-        _round_to_16_bits(model, precision)
-    if precision.bits >= 16 and precision.resident_bits >= 16:
-        return model
-    experts = expert_modules(model)
-    if precision.bits < 16:
-        _check_group_size(experts, precision.group_size)
-    family_predicate = getattr(model, "quant_predicate", None)
+    parts = Parts(model)
+    family_predicate: Callable[[str, nn.Module], Any] = getattr(model, "quant_predicate", None) or (
+        lambda path, module: True
+    )
+    modules = dict(model.named_modules())
+    for path in parts.experts:
+        _check_group_size(path, modules[path], recipe.setting(parts.of(path), layer_of(path)))
+    settings = {}
+    for path, module in modules.items():
+        setting = recipe.setting(parts.of(path), layer_of(path))
+        if not setting.is_float:
+            setting = _packed(path, module, setting, family_predicate)
+        settings[path] = setting
+    return settings
 
-    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        streamed = isinstance(module, PROJECTION_TYPES) and _is_inside(path, experts)
-        bits = precision.bits if streamed else precision.resident_bits
-        if bits >= 16 or not hasattr(module, "to_quantized"):
+
+def quantize_lazily(model: nn.Module, settings: Settings) -> Tensors:
+    """Put quantized modules in where `settings` ask for them; nothing is evaluated yet.
+
+    Returns the model's tensors. The modules of weights that mx.quantize does not pack have
+    its tensors' shapes, and must not be evaluated.
+    """
+    if any(setting.bits == 16 for setting in settings.values()):
+        _round_to_16_bits(model, settings)
+    packed_later: dict[str, tuple[mx.array, Setting]] = {}
+
+    def packing(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        setting = settings.get(path)
+        if setting is None or setting.is_float or not hasattr(module, "to_quantized"):
             return False
-        # As mlx-lm converts: what the default groups do not divide stays in floats.
-        if module["weight"].shape[-1] % precision.group_size:
-            return False
-        wanted = family_predicate(path, module) if family_predicate is not None else True
-        if wanted is True:
-            return {"bits": bits, "group_size": precision.group_size}
-        return wanted or False
+        if setting.method != "rtn":
+            packed_later[path] = (module["weight"], setting)
+        return {"bits": setting.bits, "group_size": setting.group_size, "mode": setting.mode}
 
-    nn.quantize(model, class_predicate=predicate)
-    return model
+    nn.quantize(model, class_predicate=packing)
+    return Tensors(model, packed_later)
 
 
-def _is_inside(path: str, modules: dict[str, nn.Module]) -> bool:
-    return path.rpartition(".")[0] in modules
+def _packed(
+    path: str, module: nn.Module, setting: Setting, family_predicate: Callable[..., Any]
+) -> Setting:
+    """A setting for packed weights as far as the module and its family go along with it."""
+    as_it_is = Setting(bits=32)
+    if not hasattr(module, "to_quantized") or module["weight"].shape[-1] % setting.group_size:
+        return as_it_is
+    wanted = family_predicate(path, module)
+    if isinstance(wanted, dict):
+        return Setting(**{"method": setting.method, **wanted})
+    return setting if wanted else as_it_is
 
 
-def _check_group_size(experts: dict[str, nn.Module], group_size: int) -> None:
-    for path, module in experts.items():
-        for name, projection in projections_of(module).items():
-            width = projection["weight"].shape[-1]
-            if width % group_size:
-                raise OptionError(
-                    f"{path}.{name} has {width} inputs per row, no multiple of group size "
-                    f"{group_size}; choose another --group-size or --bits 16"
-                )
+def _check_group_size(path: str, module: nn.Module, setting: Setting) -> None:
+    width = module["weight"].shape[-1]
+    if not setting.is_float and width % setting.group_size:
+        raise OptionError(
+            f"{path} has {width} inputs per row, no multiple of group size "
+            f"{setting.group_size}; choose another --group-size or --bits 16"
+        )
 
 
-def _round_to_16_bits(model: nn.Module, precision: Precision) -> None:
+def _round_to_16_bits(model: nn.Module, settings: Settings) -> None:
     keep: Callable[[str], bool] = getattr(model, "cast_predicate", lambda name: True)
-    experts = expert_modules(model)
 
     def rounded(name: str, array: Any) -> Any:
-        streamed = _is_inside(name.rpartition(".")[0], experts)
-        bits = precision.bits if streamed else precision.resident_bits
-        if bits == 16 and array.dtype == mx.float32 and keep(name):
+        setting = settings.get(name.rpartition(".")[0])
+        wanted = setting is not None and setting.bits == 16
+        if wanted and array.dtype == mx.float32 and keep(name):
             return array.astype(mx.bfloat16)
         return array
 

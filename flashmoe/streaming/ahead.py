@@ -53,28 +53,31 @@ class ReadAhead:
     def adopt(self, expert: int) -> tuple[Ticket | None, Arrival]:
         """Hand over a record that is on its way: a ticket to wait for, or None when it had not
         begun and has to be demanded into the same slot."""
-        ticket, arrival = self._coming.pop(expert)
+        ticket, arrival = self._coming[expert]
         if ticket is None:
             self._reader.drain()
+        del self._coming[expert]
+        if ticket is None:
             return None, arrival
         return (None if ticket.cancel() else ticket), arrival
 
     def harvest(self) -> tuple[list[Arrival], list[Arrival]]:
         """The records that are whole by now, and those that failed: a demand will say why."""
-        whole: list[Arrival] = []
-        failed: list[Arrival] = []
+        ended: dict[int, bool] = {}
         under_way = 0
-        for expert, (ticket, arrival) in list(self._coming.items()):
+        for expert, (ticket, _) in self._coming.items():
             if ticket is None:
                 self._reader.drain()
-            elif not ticket.done():
+                ended[expert] = False
+            elif ticket.done():
+                ended[expert] = _succeeded(ticket)
+            else:
                 under_way += 1
                 if under_way == UNDER_WAY:
                     break
-                continue
-            del self._coming[expert]
-            (whole if ticket is not None and _succeeded(ticket) else failed).append(arrival)
-        return whole, failed
+        # Only now, so that an interrupted wait loses none.
+        arrivals = [(self._coming.pop(expert)[1], whole) for expert, whole in ended.items()]
+        return [a for a, whole in arrivals if whole], [a for a, whole in arrivals if not whole]
 
     def cancel(self, expert: int) -> Arrival | None:
         """Cancel one that has not begun; None when it has."""

@@ -107,13 +107,19 @@ class Arrivals:
         for ticket, _ in coming:
             if ticket is not None:
                 ticket.cancel()
-        if isinstance(error, ReadError):
-            for ticket, _ in coming:
-                self._outlast(ticket)
-        else:
-            # An interrupt may have come between submitting and keeping the ticket.
+        try:
+            if isinstance(error, ReadError):
+                for ticket, _ in coming:
+                    self._outlast(ticket)
+            else:
+                # An interrupt may have come between submitting and keeping the ticket.
+                self._reader.drain()
+        except BaseException:
             self._reader.drain()
-        self._lost([arrival for _, batch in coming for arrival in batch])
+            raise
+        finally:
+            # Drained even where draining was interrupted: nobody writes to the slots now.
+            self._lost([arrival for _, batch in coming for arrival in batch])
 
     @staticmethod
     def _outlast(ticket: Ticket | None) -> None:

@@ -128,7 +128,7 @@ def scratch_bytes(
     heads: int,
     vocabulary: int,
     top_k: int,
-    materialized_scores: bool,
+    held_scores: bool,
     swept: bool,
 ) -> int:
     """An upper estimate of what evaluating one prompt chunk needs beside weights and caches.
@@ -136,11 +136,11 @@ def scratch_bytes(
     Expert outputs [chunk, top_k, width] float32 exist about six times at once through the bank
     (parts, their concatenation, the reordered and the weighted copy, and their inputs) and three
     times in a sweep, other activations [chunk, width] about 24 times; attention scores
-    [heads, chunk, context] three times where attention is not fused; logits of one token four
-    times while sampling.
+    [heads, chunk, context] three times where they are held for all keys at once, masks [chunk,
+    context] of one byte three times; logits of one token four times while sampling.
     """
     activations = 4 * chunk * width * ((3 if swept else 6) * top_k + 24)
-    scores = 12 * heads * chunk * context if materialized_scores else 0
+    scores = chunk * context * (3 + (12 * heads if held_scores else 0))
     return activations + scores + 16 * vocabulary
 
 

@@ -1,0 +1,29 @@
+"""The script that runs commands without the native library."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import without_native
+
+from flashmoe.demo import DEMO_FOLDER
+
+
+def test_commands_lack_the_library(demo_store: Path, home: Path) -> None:
+    command = [
+        sys.executable, without_native.__file__, "bench", "decode", demo_store, "--json",
+        "--cache", "min", "--max-tokens", "2",
+    ]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    (point,) = json.loads(done.stdout)["points"]
+    assert point["kernel"] == "reference"
+
+
+def test_exit_codes_come_through(home: Path) -> None:
+    command = [sys.executable, without_native.__file__, "inspect", str(DEMO_FOLDER)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("flashmoe: ")
