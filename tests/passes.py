@@ -45,6 +45,7 @@ def made_run(**changes: Any) -> PointRun:
         bank_bytes=10**6,
         most_bank_bytes=4 * 10**6,
         kernel="cpu",
+        lossy=(),
         page_cache=False,
         peak_memory_bytes=10**8,
         passes=[made_pass(**changes)],
