@@ -131,7 +131,7 @@ def _prepare(
             "leave out bits, group size, resident bits, method and recipe"
         )
     tensors = quantize_lazily(model, settings)
-    return plan_repack(model, config, routing), tensors
+    return plan_repack(model, config, routing, settings), tensors
 
 
 def load_lazily(checkpoint: Checkpoint) -> tuple[nn.Module, Config]:

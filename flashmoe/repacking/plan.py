@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -22,6 +23,7 @@ from flashmoe.checkpoint.config import Config
 from flashmoe.dtypes import dtype_name
 from flashmoe.errors import SourceError
 from flashmoe.repacking.parts import Parts
+from flashmoe.repacking.recipe import Setting
 from flashmoe.store.layout import LayerLayout, Quantization, TensorSpec, lay_out_record
 
 SHARD_BYTES = 2 * 2**30
@@ -40,7 +42,8 @@ class ShardPlan:
 @dataclass(frozen=True)
 class RepackPlan:
     """Every file of the store to be, with the packing of each resident quantized module and the
-    part of the model (a key of `recipe.PARTS`) that each module belongs to."""
+    part of the model (a key of `recipe.PARTS`) that each module belongs to. `settings` has how
+    each weight is packed that the source has as floats, by module path."""
 
     model_type: str
     parameters: int
@@ -48,6 +51,7 @@ class RepackPlan:
     resident: tuple[ShardPlan, ...]
     quantization: dict[str, Quantization]
     parts: dict[str, str]
+    settings: dict[str, Setting]
 
     @property
     def total_bytes(self) -> int:
@@ -62,8 +66,10 @@ class RepackPlan:
         return records + sum(t.nbytes for shard in self.resident for t in shard.tensors)
 
 
-def plan_repack(model: nn.Module, config: Config, routing: Routing) -> RepackPlan:
-    """Plan the store of a lazily loaded (and lazily quantized) model.
+def plan_repack(
+    model: nn.Module, config: Config, routing: Routing, settings: Mapping[str, Setting]
+) -> RepackPlan:
+    """Plan the store of a lazily loaded (and, as `settings` say, lazily quantized) model.
 
     Raises SourceError when the model has no routed experts, or when the store would not hold
     exactly the tensors that loading it will ask for.
@@ -91,6 +97,7 @@ def plan_repack(model: nn.Module, config: Config, routing: Routing) -> RepackPla
         resident=_shards(resident),
         quantization=_resident_quantization(model, experts),
         parts=_parts(model),
+        settings={path: s for path, s in settings.items() if not s.is_float},
     )
     _check_loadable(plan, config)
     return plan
