@@ -20,6 +20,7 @@ def made_pass(**changes: Any) -> Pass:
         "hits": 6,
         "misses": 2,
         "bytes_read": 160_000_000,
+        "bytes_demanded": 480_000_000,
         "bytes_absent": 120_000_000,
         "seconds": 0.4,
         "computing": 0.2,

@@ -77,6 +77,7 @@ class Pass:
             "hits": spent.hits,
             "misses": spent.misses,
             "bytes_read": spent.bytes_read,
+            "bytes_demanded": spent.bytes_demanded,
             "bytes_absent": spent.bytes_absent,
             "seconds": spent.seconds.decode,
             **asdict(spent.seconds.in_decode),
