@@ -42,7 +42,8 @@ def plot_decode(report: DecodeReport, path: Path) -> None:
     speed.legend()
     bars = [(_label(point, taken), taken) for point in report.points for taken in point.passes]
     _draw_phases(phases, bars)
-    hits.set_title("hit rate")
+    # Without what was read ahead, which a replay knows nothing of.
+    hits.set_title("hit rate, reading ahead left out")
     hits.set_xlabel("bank, share of all experts")
     shares = [rates.bank_share for rates in report.hit_rates]
     hits.plot(shares, [r.belady for r in report.hit_rates], "--", color="#888888", label="Belady")
@@ -56,7 +57,7 @@ def plot_decode(report: DecodeReport, path: Path) -> None:
         passes = [point.passes[number] for point in report.points]
         hits.plot(
             [point.bank_share for point in report.points],
-            [figures.hit_rate for figures in passes],
+            [figures.kept_rate for figures in passes],
             marker,
             color="#e45756",
             label=f"measured, {passes[0].name}",
@@ -74,14 +75,18 @@ def plot_ladder(report: LadderReport, path: Path) -> None:
     rates = [rung.figures.tokens_per_second for rung in report.rungs]
     medians = [rate.median for rate in rates]
     speed.bar(
-        [rung.name for rung in report.rungs],
+        [f"{rung.name}\n{rung.of_naive:.2f}x" for rung in report.rungs],
         medians,
         yerr=_errors([rung.figures for rung in report.rungs]),
         color="#4c78a8",
     )
-    for place, rung in enumerate(report.rungs):
-        speed.annotate(f"{rung.of_naive:.2f}x", (place, medians[place] / 2), ha="center")
     _draw_phases(phases, [(rung.name, rung.figures) for rung in report.rungs])
+    # Whole layers take so long that the other bars would be lines.
+    times = [1000 * rung.figures.token_seconds for rung in report.rungs]
+    top = 1.5 * max(times[1:])
+    if times[0] > top:
+        phases.set_ylim(0, top)
+        phases.annotate(f"{times[0]:.0f} ms", (0, 0.96 * top), ha="center", color="white")
     _save(figure, path)
 
 
@@ -129,4 +134,4 @@ def _draw_phases(axes: Any, bars: Sequence[tuple[str, PassFigures]]) -> None:
         axes.bar(places, heights, bottom=bottoms, label=phase, color=colour)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     axes.set_xticks(list(places), [label for label, _ in bars])
-    axes.legend()
+    axes.legend(loc="upper right")
