@@ -120,7 +120,7 @@ class FlashMoEModel:
             held_scores=mx.default_device() == mx.cpu
             and not (native_attention and widen and scores.are_never_held(probed.caches)),
         )
-        whole = plan = plan_model(needs, options)
+        plan = plan_model(needs, options)
         self.choice = _find_choice(options, store)
         chosen = choose_bank(options, self.choice, plan)
         if chosen is not None and options.cache is None:
@@ -176,7 +176,7 @@ class FlashMoEModel:
                 plan,
                 self._streaming,
                 found_bytes=found_bytes,
-                left_bytes=whole.bank_bytes - plan.bank_bytes,
+                most_bytes=None if chosen is None or chosen.bank_share == 1 else plan.bank_bytes,
             )
         # Finding routers takes up to a second: not where nothing could be read ahead.
         if wanted_forecast(options, chosen) and self._streaming.reads_ahead:

@@ -88,8 +88,8 @@ class Choice:
 class Tuning:
     """A choice, and what was measured with it.
 
-    `bytes_per_second` at decode's pattern; `tokens_per_second` None where no model was run.
-    `when` is the date and time, ISO 8601 in UTC.
+    `bytes_per_second` from the disk in decode's pattern; `tokens_per_second` None where no
+    model was run. `when` is the date and time, ISO 8601 in UTC.
     """
 
     choice: Choice

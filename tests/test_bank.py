@@ -14,7 +14,8 @@ from flashmoe.errors import FlashMoEError, ReadError
 from flashmoe.io.threads import ThreadReader
 from flashmoe.store.layout import TensorSpec
 from flashmoe.store.reader import open_store
-from flashmoe.streaming.bank import ABSENT, LayerBank
+from flashmoe.streaming.bank import LayerBank
+from flashmoe.streaming.table import ABSENT
 from flashmoe.streaming.telemetry import Stats
 
 N_EXPERTS = 8

@@ -7,7 +7,8 @@ from stores import layer_contents, layer_layout, resident_contents, write_store
 
 from flashmoe.dtypes import array_bytes
 from flashmoe.store.reader import open_store
-from flashmoe.streaming.bank import ABSENT, LayerBank
+from flashmoe.streaming.bank import LayerBank
+from flashmoe.streaming.table import ABSENT
 from flashmoe.streaming.telemetry import Stats
 
 

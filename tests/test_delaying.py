@@ -64,7 +64,7 @@ def test_it_is_as_slow_as_it_is_told_to_be(
 def test_demand_comes_first_and_puts_a_forecast_off(
     made: Callable[..., DelayingReader], requests: Requests
 ) -> None:
-    reader = made(bytes_per_second=20_000)
+    reader = made(bytes_per_second=5_000)
     forecasts = [reader.submit([request], Priority.FORECAST) for request in requests[:3]]
     while not reader.begun[Priority.FORECAST]:
         time.sleep(0.001)

@@ -98,6 +98,9 @@ def test_the_bank_is_smaller_and_prompts_are_fed_as_before(
         assert model.page_cache is page_cache
         assert model.generate(BARN) == BARN_ANSWER
         assert mx.array_equal(logits(model), logits(demo))
+        # Nor does it grow while it runs.
+        model.generate([5] * 20, 40, template=False)
+        assert model.bank_bytes == plan.bank_bytes
     # Whoever states a bank gets it.
     most = before.bank_bytes
     with FlashMoEModel.from_pretrained(demo_store, cache=most, page_cache=True) as model:

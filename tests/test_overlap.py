@@ -20,7 +20,7 @@ from flashmoe import FlashMoEModel, ReadError, engine
 from flashmoe.io.threads import ThreadReader
 from flashmoe.store.reader import Store
 from flashmoe.streaming import experts
-from flashmoe.streaming.bank import ABSENT
+from flashmoe.streaming.table import ABSENT
 
 __all__ = ["store"]
 PROMPT = [(7 * i + 3) % 101 for i in range(12)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from flashmoe.store.reader import Store
 from flashmoe.streaming.telemetry import Stats
 
 NATIVE = native.available() is None
-NAP_SECONDS = 0.01
 
 
 @pytest.fixture(scope="module")
@@ -107,70 +106,82 @@ def test_phases_explain_a_token_with_overlap(wide: Store, kernel: str) -> None:
     assert 0.95 <= statistics.median(shares) <= 1
 
 
-def napping(function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(NAP_SECONDS)
-        return function(*args, **kwargs)
+class Naps:
+    """A clock that goes on only while what was slowed down is called."""
 
-    return call
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch = patch
+        self.now = 0.0
+
+    def before(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.now += 1
+            return function(*args, **kwargs)
+
+        return call
 
 
-def slow_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+def slow_reading(naps: Naps) -> None:
     opened: type[Any] = NativeReader if NATIVE else ThreadReader
 
-    def open_slow(name: str, *, page_cache: bool) -> Reader:
+    def open_slow(name: Any, *, page_cache: bool) -> Reader:
         reader: Reader = opened()
-        monkeypatch.setattr(reader, "wait_any", napping(reader.wait_any))
+        naps.patch.setattr(reader, "wait_any", naps.before(reader.wait_any))
         return reader
 
-    monkeypatch.setattr(engine, "open_reader", open_slow)
+    naps.patch.setattr(engine, "open_reader", open_slow)
 
 
-def slow_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+def slow_experts(naps: Naps) -> None:
     select = engine.select_kernel
 
     def slow_kernel(*args: Any) -> Any:
         kernel = select(*args)
-        return lambda weights, spec: napping(kernel(weights, spec))
+        return lambda weights, spec: naps.before(kernel(weights, spec))
 
-    monkeypatch.setattr(engine, "select_kernel", slow_kernel)
-
-
-def slow_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "LEAST_WEIGHTS", 0)
-    monkeypatch.setattr(native, "matmul", napping(native.matmul))
+    naps.patch.setattr(engine, "select_kernel", slow_kernel)
 
 
-def slow_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mx, "eval", napping(mx.eval))
+def slow_products(naps: Naps) -> None:
+    naps.patch.setattr(linear, "LEAST_WEIGHTS", 0)
+    naps.patch.setattr(native, "matmul", naps.before(native.matmul))
 
 
-@pytest.fixture(
-    params=[
-        ("reading", slow_reading),
-        ("experts", slow_experts),
-        *([("computing", slow_products)] if NATIVE else []),
-        ("computing", slow_evaluation),
-        ("host", None),
-    ],
-    ids=lambda value: f"{value[0]}-{getattr(value[1], '__name__', 'observer')}",
+def slow_evaluation(naps: Naps) -> None:
+    naps.patch.setattr(mx, "eval", naps.before(mx.eval))
+
+
+def slow_host(naps: Naps) -> None:
+    """The observer naps."""
+
+
+SLOW = {
+    "reading": (slow_reading,),
+    "experts": (slow_experts,),
+    "computing": (slow_evaluation, *([slow_products] if NATIVE else [])),
+    "host": (slow_host,),
+}
+
+
+@pytest.mark.parametrize(
+    ("phase", "slow_down"), [(phase, each) for phase, ways in SLOW.items() for each in ways]
 )
-def slowed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    phase, slow_down = request.param
-    if slow_down is not None:
-        slow_down(monkeypatch)
-    yield phase
-
-
-def test_a_phase_gets_what_was_spent_in_it(wide: Store, slowed: str) -> None:
+def test_a_phase_gets_what_was_spent_in_it(
+    wide: Store, phase: str, slow_down: Callable[[Naps], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    naps = Naps(monkeypatch)
+    slow_down(naps)
     with FlashMoEModel(wide, cache="min", forecast=False) as model:
-        if slowed == "host":
-            model.observe_routing(lambda layer, experts: time.sleep(NAP_SECONDS))
+        if phase == "host":
+            model.observe_routing(naps.before(lambda layer, experts: None))
+        pieces = model.stream([1, 2, 3], 6, temperature=5.0, seed=2)
+        next(pieces)
+        naps.now = 0.0
         before = model.stats()
-        for number, _ in enumerate(model.stream([1, 2, 3], 6, temperature=5.0, seed=2)):
-            if number == 0:
-                before = model.stats()
+        monkeypatch.setattr(model.live_stats.clock, "_clock", lambda: naps.now)
+        for _ in pieces:
+            pass
         phases = asdict(model.stats().since(before).seconds.in_decode)
     # Five tokens, at least one nap each.
-    assert phases[slowed] >= 5 * NAP_SECONDS
-    assert phases[slowed] == max(phases.values()), phases
+    assert naps.now >= 5
+    assert phases == dict.fromkeys(phases, 0.0) | {phase: naps.now}

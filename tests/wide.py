@@ -41,10 +41,10 @@ WIDE: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-def wide_store(folder: Path, family: str) -> Store:
+def wide_store(folder: Path, family: str, n_layers: int = N_LAYERS) -> Store:
     """A store of the family's model, made in `folder`; all of its records are read apart."""
     changes, bits = WIDE[family]
-    config = copy.deepcopy(FAMILIES[family]) | changes
+    config = copy.deepcopy(FAMILIES[family]) | changes | {"num_hidden_layers": n_layers}
     model = build_model(config, seed=0)
     with contextlib.redirect_stdout(io.StringIO()):
         model, config = quantize_model(model, config, 64, bits)
@@ -52,6 +52,6 @@ def wide_store(folder: Path, family: str) -> Store:
     save_config(config, folder / "checkpoint" / "config.json")
     store = flashmoe.repack(folder / "checkpoint", folder / "store.flashmoe")
     layouts = [layer.layout for layer in store.manifest.layers]
-    assert len(layouts) == N_LAYERS
+    assert len(layouts) == n_layers
     assert min(layout.record.stride for layout in layouts) >= APART_BYTES
     return store

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe import machine
-from flashmoe.bench.prompts import PROMPTS
+from flashmoe.bench.prompts import QUESTIONS
 from flashmoe.engine import FlashMoEModel
 from flashmoe.errors import FlashMoEError
 from flashmoe.options import Options
@@ -147,7 +147,7 @@ def _decode(what: dict[str, Any]) -> DecodeRun:
         before = None
         number = 0
         while not enough():
-            prompt = PROMPTS[number % len(PROMPTS)]
+            prompt = QUESTIONS[number % len(QUESTIONS)]
             number += 1
             decoded = len(durations)
             last: float | None = None
@@ -162,7 +162,7 @@ def _decode(what: dict[str, Any]) -> DecodeRun:
                 last = now
                 if enough():
                     break
-            if decoded == len(durations) and number >= len(PROMPTS):
+            if decoded == len(durations) and number >= len(QUESTIONS):
                 raise RunFailed("the model ends its answers at once: there is nothing to measure")
         spent = model.stats() if before is None else model.stats().since(before)
         plan = model.memory_plan

@@ -126,15 +126,14 @@ class _Runs:
             self.notes.append(f"{name}: {failed}")
             return None
         self.taken = max(self.taken, self.clock() - started)
-        if len(run.token_seconds) < LEAST_TOKENS:
-            said = f"{name}: {len(run.token_seconds)} tokens in the time there is tell nothing"
-            self.notes.append(said)
+        count = len(run.token_seconds)
+        if self.tokens is not None and count < self.tokens:
+            self.notes.append(f"{name}: slower by half than the default, given up")
             return None
-        if self.tokens is None:
-            self.tokens = len(run.token_seconds)
-        elif len(run.token_seconds) < self.tokens:
-            self.notes.append(f"{name}: slower by half than the default")
+        if count < LEAST_TOKENS:
+            self.notes.append(f"{name}: {count} tokens in the time there is tell nothing")
             return None
+        self.tokens = count
         arm = _Arm(name, choice, run, segment_rates(run.token_seconds))
         self.arms.append(arm)
         return arm

@@ -113,7 +113,7 @@ def describe_choice(tuning: Tuning) -> list[tuple[str, str]]:
                 f"{'forecast' if bank.forecast else 'no forecast'}",
             )
         )
-    speed = f"{tuning.bytes_per_second / 1e9:.2f} GB/s at decode's pattern"
+    speed = f"{tuning.bytes_per_second / 1e9:.2f} GB/s from the disk in decode's pattern"
     if tuning.tokens_per_second is not None:
         speed = f"{tuning.tokens_per_second:.2f} tok/s, {speed}"
     return [*rows, ("expected", speed), ("measured", tuning.when)]

@@ -141,12 +141,12 @@ def govern(
     streaming: StreamingModel,
     *,
     found_bytes: int,
-    left_bytes: int = 0,
+    most_bytes: int | None = None,
 ) -> Governor:
     """What keeps a loaded model at the number of its plan.
 
     `found_bytes`: the memory that this process had and could have had before it was loaded;
-    `left_bytes` of the number are left to the page cache.
+    `most_bytes` is the most that banks may have where the page cache is to have the rest.
     """
     assert plan.total_bytes is not None
     in_place = streaming.resizes_in_place
@@ -168,10 +168,11 @@ def govern(
 
     return Governor(
         Limits.of(
-            plan.total_bytes - left_bytes,
+            plan.total_bytes,
             needs.demands,
             found_bytes=found_bytes,
             in_place=in_place,
+            most_bytes=most_bytes,
         ),
         needs.demands,
         slots=streaming.slots,

@@ -1,15 +1,9 @@
-"""A layer's bank: which expert is in which slot, and getting the missing ones in.
-
-Fencing: a kernel's output is lazy and reads its slots when it is evaluated. The bank is told of
-every output (`uses`) and evaluates those that are pending before it overwrites any slot.
-"""
+"""A layer's bank: getting experts into its slots, as they are demanded and ahead of that."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
@@ -19,15 +13,12 @@ from flashmoe.store.layout import LayerLayout
 from flashmoe.store.reader import Store
 from flashmoe.streaming.ahead import ReadAhead
 from flashmoe.streaming.arrivals import Arrival, Arrivals
-from flashmoe.streaming.policy.select import make_policy
-from flashmoe.streaming.slots import SlotMemory
+from flashmoe.streaming.table import ABSENT, SlotTable
 from flashmoe.streaming.telemetry import Stats
 from flashmoe.streaming.warm import Preload
 
-ABSENT = -1
 
-
-class LayerBank:
+class LayerBank(SlotTable):
     """The slots of one MoE layer.
 
     `acquire` brings at most `group` distinct experts in at a time, so a bank has at least that
@@ -47,27 +38,17 @@ class LayerBank:
         most_slots: int | None = None,
     ) -> None:
         """`most_slots`: up to how many slots `resize` should be cheap, as `SlotMemory` says."""
-        self.group = layer.top_k
-        self.record_bytes = layer.record.stride
-        self.n_experts = layer.n_experts
-        if n_slots < self.group:
-            raise ValueError(f"{layer.path} needs at least {self.group} slots, not {n_slots}")
-        self.memory = SlotMemory(layer.record, n_slots, self.group, widen, most_slots)
+        super().__init__(
+            layer, stats, n_slots=n_slots, widen=widen, policy=policy, most_slots=most_slots
+        )
         self._path = store.file(layer.file)
-        self._layer = layer
         self._reader = reader
-        self._stats = stats
-        self._policy = make_policy(policy, n_slots)
-        self._slot_of = np.full(layer.n_experts, ABSENT, np.int32)
-        self._free = list(range(n_slots - 1, -1, -1))
-        self._pending: list[mx.array] = []
         self._ahead = ReadAhead(reader)
         self._preload = Preload(reader, stats)
         self.guessed = 0
         self.guessed_right = 0
         # Experts that were read ahead and have not been asked for since.
         self._unused: set[int] = set()
-        self._closed = False
 
     def acquire(self, experts: Sequence[int]) -> npt.NDArray[np.int32]:
         """Make up to `group` distinct experts resident; returns the layer's slot table.
@@ -206,15 +187,6 @@ class LayerBank:
         self._admit_preloaded()
         return self._policy.ranked()
 
-    def resident(self, experts: Sequence[int]) -> list[int]:
-        """Those of `experts` that are in a slot."""
-        return [expert for expert in experts if self._slot_of[expert] != ABSENT]
-
-    def slots_of(self, experts: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-        """The slots of resident experts, in the array's shape."""
-        slots: npt.NDArray[np.int32] = self._slot_of[experts]
-        return slots
-
     def wait(self, arrivals: Arrivals) -> list[int]:
         """The experts that land next, as `Arrivals.land` says; the time counts as reading."""
         if not arrivals.coming:
@@ -222,64 +194,17 @@ class LayerBank:
         with self._stats.clock.during("reading"):
             return arrivals.land()
 
-    def uses(self, output: mx.array) -> None:
-        """Note an unevaluated array that reads slots of this bank.
-
-        At most one is kept: the one before has normally been evaluated by now, and is otherwise.
-        """
-        self._settle_pending()
-        self._pending.append(output)
-
-    @property
-    def n_free(self) -> int:
-        """Slots that hold no expert."""
-        return len(self._free)
-
-    def held(self) -> list[int]:
-        """All experts that are in a slot."""
-        experts: list[int] = np.flatnonzero(self._slot_of != ABSENT).tolist()
-        return experts
-
     def residency(self) -> npt.NDArray[np.bool_]:
         """Which experts [n_experts] are in a slot now."""
         self._harvest()
         held: npt.NDArray[np.bool_] = self._slot_of != ABSENT
         return held
 
-    def slot_table(self) -> npt.NDArray[np.int32]:
-        """The slot of each expert [n_experts], or ABSENT, as it is now.
-
-        Raises FlashMoEError once the bank is closed.
-        """
-        self._check_open()
-        return self._slot_of.copy()
-
     def use(self, experts: Sequence[int]) -> None:
         """Count the resident ones of `experts` as used, in this order."""
         self._count_guesses(experts, ())
         for expert in self.resident(experts):
             self._policy.use(expert)
-
-    def make_room(self, uses: Mapping[int, int], count: int) -> None:
-        """Evict `count` of the resident experts, which `uses` covers: those with the lowest
-        value, and of equal ones those that the policy would."""
-        for level in sorted(set(uses.values())):
-            pinned = {expert for expert in uses if uses[expert] != level}
-            for _ in range(min(count, len(uses) - len(pinned))):
-                self._free.append(self._evict(pinned))
-                count -= 1
-
-    def adopt(self, expert: int, source: SlotMemory, slot: int) -> None:
-        """Copy an absent expert out of another memory's slot into a free one."""
-        self._settle_pending()
-        own = self._free.pop()
-        try:
-            self.memory.copy_slot(own, source, slot)
-            self._policy.use(expert)
-            self._slot_of[expert] = own
-        except BaseException:
-            self._free.append(own)
-            raise
 
     def resize(self, n_slots: int) -> None:
         """Have so many slots, one token's needs at least; the system has the others' memory.
@@ -308,17 +233,6 @@ class LayerBank:
             self._free[:0] = range(self.memory.n_slots - 1, before - 1, -1)
         self.resume_preload()
 
-    def _vacate(self, n_slots: int) -> None:
-        """Leave `n_slots` experts at most, and these in the first slots."""
-        for _ in range(len(self.held()) - n_slots):
-            self._free.append(self._evict(set()))
-        low = [slot for slot in self._free if slot < n_slots]
-        for expert in np.flatnonzero(self._slot_of >= n_slots).tolist():
-            old, new = int(self._slot_of[expert]), low.pop()
-            self.memory.copy_slot(new, self.memory, old)
-            self._slot_of[expert] = new
-            self._free[self._free.index(new)] = old
-
     def close(self) -> None:
         """Give the slots' memory back; nothing can be acquired afterwards."""
         self.stop_reading_ahead()
@@ -346,10 +260,6 @@ class LayerBank:
         place = self.memory.destination(slot, row)
         offset = self._layer.record_offset(expert)
         return Arrival(expert, slot, row, ReadRequest(self._path, offset, place))
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise FlashMoEError("the model is closed; load it again with from_pretrained")
 
     @property
     def _room_ahead(self) -> int:
@@ -418,19 +328,6 @@ class LayerBank:
             self._slot_of[arrival.expert] = arrival.slot
             self._stats.bytes_read += self._layer.record.stride
 
-    def _lose(self, arrivals: Sequence[Arrival]) -> None:
-        # Whatever the slots hold now belongs to nobody.
-        for arrival in arrivals:
-            self._free.append(arrival.slot)
-            if arrival.expert in self._policy:
-                self._policy.forget(arrival.expert)
-
-    def _settle_pending(self) -> None:
-        if self._pending:
-            with self._stats.clock.during("computing"):
-                mx.eval(self._pending)
-            self._pending.clear()
-
     def _take_slot(self, pinned: set[int]) -> int:
         if self._free:
             return self._free.pop()
@@ -447,13 +344,8 @@ class LayerBank:
             if expert not in self._policy:
                 self._policy.use(expert)
 
-    def _evict(self, pinned: set[int]) -> int:
-        """The slot of an expert that is no longer resident, none of `pinned`."""
-        victim = self._policy.victim(pinned)
+    def _evicted(self, victim: int) -> None:
         if victim in self._unused:
             self._unused.discard(victim)
             self._stats.bytes_wasted += self._layer.record.stride
         self._preload.forget(victim)
-        slot = int(self._slot_of[victim])
-        self._slot_of[victim] = ABSENT
-        return slot

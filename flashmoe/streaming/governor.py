@@ -59,8 +59,10 @@ class Limits:
         *,
         found_bytes: int,
         in_place: bool,
+        most_bytes: int | None = None,
     ) -> Limits:
-        """`found_bytes`: what the process has and could have had when it was loaded."""
+        """`found_bytes`: what the process has and could have had when it was loaded;
+        `most_bytes`: of banks, None for every expert."""
         share = STEP_SHARE if in_place else BIG_STEP_SHARE
         floor = min(max(int(found_bytes * FLOOR_SHARE), LEAST_FLOOR_BYTES), MOST_FLOOR_BYTES)
         return cls(
@@ -68,7 +70,7 @@ class Limits:
             margin_bytes=max(int(total_bytes * MARGIN_SHARE), LEAST_MARGIN_BYTES),
             floor_bytes=floor,
             least_bytes=least_bank_bytes(demands),
-            most_bytes=most_bank_bytes(demands),
+            most_bytes=most_bank_bytes(demands) if most_bytes is None else most_bytes,
             step_bytes=int(total_bytes * share),
             in_steps=not in_place,
         )

@@ -21,8 +21,9 @@ from flashmoe.dtypes import array_bytes, shared_bytes
 from flashmoe.io.reader import Reader, ReadRequest, Ticket
 from flashmoe.kernels.contract import ExpertForward
 from flashmoe.store.layout import LayerLayout, RecordLayout
-from flashmoe.streaming.bank import ABSENT, LayerBank
+from flashmoe.streaming.bank import LayerBank
 from flashmoe.streaming.slots import SlotMemory
+from flashmoe.streaming.table import ABSENT
 from flashmoe.streaming.telemetry import Stats
 
 Ints = npt.NDArray[np.int64]
