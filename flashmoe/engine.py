@@ -6,6 +6,7 @@ further down.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -63,6 +64,9 @@ from flashmoe.streaming.telemetry import Stats
 from flashmoe.tuning import Choice, TuningFile
 
 WARM_START_FOLDER = "warm-start"
+# MLX waits for its own threads with Python's lock held when limits are set, and reserving a bank
+# has such a thread call Python: one model at a time.
+_LOADING = threading.Lock()
 
 
 class FlashMoEModel:
@@ -87,8 +91,22 @@ class FlashMoEModel:
         `parts` leaves parts of streaming out, to measure what they bring.
         """
         options = replace(options or Options(), **named)
-        kernel = resolve_kernel(options.kernel)
+        self._reader: Reader | None = None
+        self._sweep_reader: Reader | None = None
+        self._streaming: StreamingModel | None = None
+        self._governor: Governor | None = None
+        self._remembered: RememberedBanks | None = None
         self._claim = claim(store, lock_folder(), share=options.share)
+        try:
+            with _LOADING:
+                self._load(store, options, parts)
+        except BaseException:
+            self._remembered = None
+            self.close()
+            raise
+
+    def _load(self, store: Store, options: Options, parts: Parts) -> None:
+        kernel = resolve_kernel(options.kernel)
         found_bytes = machine.resident_set_bytes() + machine.usable_memory_bytes()
         config = read_config(store.path)
         widen = choose_widening(config, options.dtype)
@@ -148,13 +166,13 @@ class FlashMoEModel:
                 use_native_attention(skeleton, self._stats.clock)
         self.store = store
         self.tokenizer = tokenizer
-        self._reader: Reader | None = open_reader(reads.decode, page_cache=self.page_cache)
-        self._sweep_reader: Reader | None = self._reader
+        self._reader = open_reader(reads.decode, page_cache=self.page_cache)
+        self._sweep_reader = self._reader
         if resolve_reader(reads.sweep.reader) != self.reader:
             self._sweep_reader = open_reader(reads.sweep, page_cache=self.page_cache)
         elif reads.sweep.depth != reads.decode.depth:
             self._sweep_reader = self._reader.lane(reads.sweep.depth)
-        self._streaming: StreamingModel | None = stream_experts(
+        self._streaming = stream_experts(
             skeleton,
             store,
             slots=self.memory_plan.slots,
@@ -168,7 +186,6 @@ class FlashMoEModel:
             sweep_reader=self._sweep_reader,
             parts=parts,
         )
-        self._governor: Governor | None = None
         # A bank of a given size keeps it.
         if plan.total_bytes is not None and options.cache is None and parts.bank:
             self._governor = govern(
@@ -185,7 +202,6 @@ class FlashMoEModel:
         if steerable:
             prefer_resident(self._streaming, steerable, options.route_bias)
             self.lossy += (f"route bias {options.route_bias:g}",)
-        self._remembered: RememberedBanks | None = None
         if options.warm_start:
             self._remembered = RememberedBanks(cache_folder() / WARM_START_FOLDER, store)
             self._streaming.preload(self._remembered.read() or ())

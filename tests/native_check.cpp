@@ -339,7 +339,9 @@ int main(int argc, char** argv) {
     printf("%s routed experts, worst error %.1e of a row's norm\n", isa, expert);
     const double attention = attention_error();
     printf("%s attention, worst error %.1e of the largest value\n", isa, attention);
-    good = good && expert < kExpertTolerance && attention < kAttentionTolerance;
+    const bool fits = fits_well();
+    printf("%s fitted groups, %s\n", isa, fits ? "as close as they were given" : "too far off");
+    good = good && expert < kExpertTolerance && attention < kAttentionTolerance && fits;
   }
   // Callers from several threads take turns.
   fm_set_threads(3);

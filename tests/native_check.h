@@ -43,4 +43,7 @@ struct Buffer {
 // value; infinite where a row's bits depend on threads or on the rows beside it.
 double attention_error();
 
+// Whether fitted groups are as close as what they were given, for every width, group and dtype.
+bool fits_well();
+
 #endif

@@ -184,6 +184,15 @@ def test_json_of_the_ladder(run_cli: Run, demo_store: Path, here: list[Point]) -
     assert here[0].prompts == PROMPTS
 
 
+def test_what_is_lossy_is_said(
+    run_cli: Run, demo_store: Path, here: list[Point], tmp_path: Path
+) -> None:
+    brief = ("--cache", "min", "--max-tokens", 2, "--experts-per-token", 1)
+    result = run_cli("bench", "decode", demo_store, *brief)
+    assert result.code == 0
+    assert "LOSSY: 1 of 2 experts per token" in result.out
+
+
 def test_what_people_see(run_cli: Run, demo_store: Path, here: list[Point], tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"
     brief = ("--cache", "5MB", "--max-tokens", 2)
@@ -203,6 +212,7 @@ def test_what_people_see(run_cli: Run, demo_store: Path, here: list[Point], tmp_
     [
         (["--ladder", "--memory", "1GB", "--memory", "2GB"], 2, ["one --memory"]),
         (["--max-tokens", 1], 2, ["at least 2"]),
+        (["--ladder", "--route-bias", 1], 2, ["leave --route-bias out"]),
         (["--temp", -1], 2, ["temperature"]),
         (["--memory", "lots"], 2, ["'lots' is not a size"]),
         (["--cgroup", "lots"], 2, ["'lots' is not a size"]),

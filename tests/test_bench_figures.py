@@ -41,6 +41,7 @@ def test_figures() -> None:
     assert figures.prefill_tokens_per_second.median == pytest.approx(15)
     assert figures.first_token_seconds.median == pytest.approx(2)
     assert figures.hit_rate == 0.75
+    assert figures.kept_rate == 0.75
     assert figures.bytes_read_per_token == 40e6
     assert figures.read_of_absent == pytest.approx(4 / 3)
     assert figures.bytes_per_second == pytest.approx(0.4e9)

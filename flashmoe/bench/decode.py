@@ -131,7 +131,7 @@ def bench_decode(
         max_tokens=asked.max_tokens,
         cgroup_bytes=asked.cgroup_bytes,
         disk=rate,
-        notes=(*disk.notes, *notes),
+        notes=(*disk.notes, *notes, *lossy_notes(runs)),
         points=tuple(_point(options, run, rate) for options, run in zip(sizes, runs, strict=True)),
         hit_rates=hit_rates,
     )
@@ -164,6 +164,11 @@ def page_cache_notes(store: Store) -> list[str]:
         return ["the page cache cannot be emptied here without root: no point is cold to it"]
     left = cached_share(files)
     return [f"{left:.1%} of the records stayed in the page cache when it was emptied"] * (left > 0)
+
+
+def lossy_notes(runs: Sequence[PointRun]) -> list[str]:
+    """That the answers are not the model's own, where options made them so."""
+    return [f"LOSSY: {said}" for said in dict.fromkeys(said for run in runs for said in run.lossy)]
 
 
 def _hit_rates(trace: Path) -> tuple[HitRates, ...]:

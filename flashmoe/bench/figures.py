@@ -28,6 +28,7 @@ class PassFigures:
 
     Rates are spreads over decoded tokens, or over answers for prompts; the rest are totals over
     decode divided by its tokens. `token_seconds` is the time per token, `phases` where it went.
+    `hit_rate` counts what was read ahead in time, `kept_rate` only what the bank had kept.
     `compute_seconds` is a token's time with its experts all in the bank (None: not measured),
     `read_seconds` what the disk's own rate takes for the bytes read. `overlap` is the share of
     the shorter of these two that is hidden behind the other.
@@ -41,6 +42,7 @@ class PassFigures:
     prefill_tokens_per_second: Spread
     first_token_seconds: Spread
     hit_rate: float
+    kept_rate: float
     bytes_read_per_token: float
     read_of_absent: float | None
     bytes_per_second: float
@@ -92,6 +94,7 @@ def pass_figures(taken: Pass, disk_bytes_per_second: float) -> PassFigures:
         ),
         first_token_seconds=spread(taken.first_token_seconds),
         hit_rate=decode["hits"] / (decode["hits"] + decode["misses"]),
+        kept_rate=1 - decode["bytes_absent"] / decode["bytes_demanded"],
         bytes_read_per_token=decode["bytes_read"] / tokens,
         read_of_absent=decode["bytes_read"] / tokens / absent if absent else None,
         bytes_per_second=reached,

@@ -7,12 +7,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from flashmoe.bench.child import run_in_child
-from flashmoe.bench.decode import COLD, Asked, Progress, page_cache_notes, point_of, store_files
+from flashmoe.bench.decode import (
+    COLD,
+    Asked,
+    Progress,
+    lossy_notes,
+    page_cache_notes,
+    point_of,
+    store_files,
+)
 from flashmoe.bench.disk import Disk, DiskRate
 from flashmoe.bench.figures import PassFigures, pass_figures
 from flashmoe.bench.point import PointRun
 from flashmoe.bench.records import evict
-from flashmoe.errors import FlashMoEError
+from flashmoe.errors import FlashMoEError, OptionError
 from flashmoe.locate import cache_folder
 from flashmoe.options import Options
 from flashmoe.store.reader import Store, open_store
@@ -95,10 +103,12 @@ def bench_ladder(
     """Answer the prompts once per rung, each in a fresh process, cold, in the same memory.
 
     Without anything stored by `flashmoe tune`, or with `options.tuned` off, the last rung is left
-    out.
-    A rung that takes longer than `rung_seconds` decodes fewer tokens. Raises FlashMoEError
-    when rungs give different tokens, and what opening a store and answering raise.
+    out. A rung that takes longer than `rung_seconds` decodes fewer tokens. Raises OptionError for
+    a route bias, under which answers depend on the bank, FlashMoEError when rungs give different
+    tokens, and what opening a store and answering raise.
     """
+    if options.route_bias:
+        raise OptionError("the ladder's rungs give the same tokens: leave --route-bias out")
     store = open_store(folder)
     steps = STEPS
     if not options.tuned or TuningFile(cache_folder(), store).read() is None:
@@ -134,7 +144,7 @@ def bench_ladder(
         max_tokens=asked.max_tokens,
         cgroup_bytes=asked.cgroup_bytes,
         disk=rate,
-        notes=(*disk.notes, *notes),
+        notes=(*disk.notes, *notes, *lossy_notes(runs)),
         rungs=tuple(rungs),
         target=TARGET,
         reached=rungs[-1].of_naive >= TARGET,

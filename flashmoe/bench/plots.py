@@ -42,7 +42,8 @@ def plot_decode(report: DecodeReport, path: Path) -> None:
     speed.legend()
     bars = [(_label(point, taken), taken) for point in report.points for taken in point.passes]
     _draw_phases(phases, bars)
-    hits.set_title("hit rate")
+    # Without what was read ahead, which a replay knows nothing of.
+    hits.set_title("hit rate, reading ahead left out")
     hits.set_xlabel("bank, share of all experts")
     shares = [rates.bank_share for rates in report.hit_rates]
     hits.plot(shares, [r.belady for r in report.hit_rates], "--", color="#888888", label="Belady")
@@ -56,7 +57,7 @@ def plot_decode(report: DecodeReport, path: Path) -> None:
         passes = [point.passes[number] for point in report.points]
         hits.plot(
             [point.bank_share for point in report.points],
-            [figures.hit_rate for figures in passes],
+            [figures.kept_rate for figures in passes],
             marker,
             color="#e45756",
             label=f"measured, {passes[0].name}",

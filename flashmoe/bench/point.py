@@ -77,6 +77,7 @@ class Pass:
             "hits": spent.hits,
             "misses": spent.misses,
             "bytes_read": spent.bytes_read,
+            "bytes_demanded": spent.bytes_demanded,
             "bytes_absent": spent.bytes_absent,
             "seconds": spent.seconds.decode,
             **asdict(spent.seconds.in_decode),
@@ -92,6 +93,7 @@ class PointRun:
     bank_bytes: int
     most_bank_bytes: int
     kernel: str
+    lossy: tuple[str, ...]
     page_cache: bool
     peak_memory_bytes: int
     passes: list[Pass]
@@ -123,6 +125,7 @@ def run_point(point: Point, progress: Progress = lambda share: None) -> PointRun
             bank_bytes=model.bank_bytes,
             most_bank_bytes=model.memory_plan.most_bank_bytes,
             kernel=resolve_kernel(options.kernel),
+            lossy=model.lossy,
             page_cache=model.page_cache,
             peak_memory_bytes=machine.peak_resident_set_bytes(),
             passes=passes,
