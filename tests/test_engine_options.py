@@ -13,7 +13,7 @@ import sys
 from flashmoe import FlashMoEModel, MemoryBudgetError
 
 try:
-    with FlashMoEModel.from_pretrained(sys.argv[1], memory=sys.argv[2]) as model:
+    with FlashMoEModel.from_pretrained(sys.argv[1], memory=sys.argv[2], share=True) as model:
         print(model.generate("Hello"))
 except MemoryBudgetError as error:
     print(str(error).split()[-1])
