@@ -3,6 +3,7 @@
 import mlx.core as mx
 import pytest
 from checkpoints import (
+    GOLDEN,
     PROJECTIONS,
     as_tensor,
     checkpoint_tensors,
@@ -82,6 +83,12 @@ def test_routers_keep_the_bits_that_the_family_wants(source, dest):
     assert manifest.quantization["model.layers.2.mlp.gate"] == Quantization(8, 64)
     assert manifest.quantization["model.embed_tokens"] == Quantization(2, 64)
     assert manifest.layers[0].layout.projections["up_proj"] == Quantization(3, 64)
+
+
+def test_groups_that_the_family_wants_but_rows_are_too_short_for(dest):
+    layer = repack(GOLDEN / "granitemoe", dest, bits=4, group_size=32).manifest.layers[0].layout
+    assert layer.projections["down_proj"] == Quantization(8, 32)
+    assert layer.projections["gate_proj"] == Quantization(4, 32)
 
 
 def test_routers_that_the_family_keeps_in_floats_stay_so(source, dest):

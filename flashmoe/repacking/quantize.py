@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -107,7 +108,10 @@ def _packed(
         return as_it_is
     wanted = family_predicate(path, module)
     if isinstance(wanted, dict):
-        return Setting(**{"method": setting.method, **wanted})
+        own = Setting(**{"method": setting.method, **wanted})
+        # The family's precision, in groups that divide the rows.
+        divides = module["weight"].shape[-1] % own.group_size == 0
+        return own if divides else replace(own, group_size=setting.group_size)
     return setting if wanted else as_it_is
 
 
