@@ -370,8 +370,7 @@ def test_any_sequence_of_accesses(store, n_slots, accesses, widen):
     """Against a plain list, least recently used first; a failed read may only lose experts."""
     reader = memory_reader(store)
     bank, stats = make_bank(store, reader, n_slots, widen=widen)
-    order = []
-    hits = misses = 0
+    order, hits, misses = [], 0, 0
     for experts, fails in accesses:
         missing = [expert for expert in experts if expert not in order]
         hits += len(experts) - len(missing)
