@@ -107,7 +107,9 @@ class Hub:
 
             def do_GET(self) -> None:
                 with hub.lock:
-                    hub.requests.append(f"{self.command} {self.path}")
+                    # huggingface_hub asks for this of its own accord, once a day.
+                    if self.path != "/api/agent-harnesses":
+                        hub.requests.append(f"{self.command} {self.path}")
                 path = unquote(urlsplit(self.path).path)
                 if not hub.reachable:
                     self.close_connection = True

@@ -164,7 +164,7 @@ class TestBank:
 
     @pytest.mark.parametrize("widen", [False, True])
     @pytest.mark.parametrize("policy", ["lfu", "s3fifo"])
-    @settings(max_examples=40)
+    @settings(max_examples=25)
     @given(
         st.lists(
             st.one_of(
