@@ -39,6 +39,8 @@ class Hub:
         self.epoch = 0
         self.delay = 0.0
         self.lock = threading.Lock()
+        self.idle = threading.Condition()
+        self.answering = 0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
@@ -46,6 +48,12 @@ class Hub:
         self.elsewhere = f"http://localhost:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
+
+    def forget_ranges(self) -> None:
+        """Empty `ranges`, once what has been asked for until now is in it."""
+        with self.idle:
+            assert self.idle.wait_for(lambda: self.answering == 0, timeout=10)
+        self.ranges.clear()
 
     @property
     def files(self) -> Path:
@@ -106,6 +114,16 @@ class Hub:
                 self.do_GET()
 
             def do_GET(self) -> None:
+                with hub.idle:
+                    hub.answering += 1
+                try:
+                    self.take()
+                finally:
+                    with hub.idle:
+                        hub.answering -= 1
+                        hub.idle.notify_all()
+
+            def take(self) -> None:
                 with hub.lock:
                     # huggingface_hub asks for this of its own accord, once a day.
                     if self.path != "/api/agent-harnesses":

@@ -71,7 +71,7 @@ def wait_for(condition: bool, process: subprocess.Popen[bytes], deadline: float)
 def test_killed_while_fetching(
     undisturbed: dict[str, bytes], slow_hub: Hub, dest: Path, ranges: int
 ) -> None:
-    slow_hub.ranges.clear()
+    slow_hub.forget_ranges()
     deadline = time.monotonic() + SECONDS_AT_MOST
     with start(slow_hub, dest) as process:
         while not wait_for(len(slow_hub.ranges) >= ranges, process, deadline):

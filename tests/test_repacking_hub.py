@@ -40,7 +40,7 @@ def undisturbed(sharded: Hub, tmp_path: Path) -> dict[str, bytes]:
     """The files of a store that nothing happened to."""
     store = repack("owner/name", tmp_path / "undisturbed.flashmoe")
     sharded.requests.clear()
-    sharded.ranges.clear()
+    sharded.forget_ranges()
     return folder_content(store.path)
 
 
@@ -174,7 +174,7 @@ def test_nothing_that_is_whole_is_fetched_again(
         repack("owner/name", dest, progress=stop)
     written = Path(dest / JOURNAL_NAME).stat().st_size
     assert written > 0
-    sharded.ranges.clear()
+    sharded.forget_ranges()
     seen: list[int] = []
     repack("owner/name", dest, progress=lambda done, total: seen.append(done))
     assert seen[0] == 0
@@ -248,7 +248,7 @@ def test_files_in_the_hub_cache_are_used(
     huggingface_hub.hf_hub_download(
         "owner/name", "model-1.safetensors", revision=COMMIT, endpoint=sharded.endpoint
     )
-    sharded.ranges.clear()
+    sharded.forget_ranges()
     repack("owner/name", dest)
     assert {name for name, _, _ in sharded.ranges} == {"model-0.safetensors", "model-2.safetensors"}
     assert folder_content(dest) == undisturbed
