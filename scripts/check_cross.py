@@ -33,7 +33,7 @@ OPEN_LIBCXX = ("-nostdlib++", "-Wl,-undefined,dynamic_lookup")
 LIBCXX = re.compile(r"__Z(T[ISV])?(N?K?St|N10__cxxabiv1)|__Z(nw|na|dl|da)|___cxa_|___gxx_pers")
 # zig's linker puts them into every library.
 LINKER_EXPORTS = {"___dso_handle", "__mh_dylib_header"}
-CHECKS = ("native_check.cpp", "attention_check.cpp", "fit_check.cpp")
+CHECK_SOURCES = ("native_check.cpp", "attention_check.cpp", "fit_check.cpp")
 
 
 class MissingTool(Exception):
@@ -111,7 +111,7 @@ def check_linux(target: str) -> str:
     emulator = find_emulator()
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "native_check"
-        extra = [ROOT / "tests" / name for name in CHECKS]
+        extra = [ROOT / "tests" / name for name in CHECK_SOURCES]
         compile_for(target, program, extra=extra, shared=False)
         done = subprocess.run(
             [*emulator, program, "neon"], text=True, capture_output=True, check=False
