@@ -230,11 +230,14 @@ void ReadPool::forget(const Batch& batch) {
 int64_t ReadPool::wait(const std::vector<const Batch*>& batches, double seconds) {
   const auto ended = [](const Batch* batch) { return batch->ended(); };
   std::unique_lock<std::mutex> locked(lock_);
-  auto found = batches.end();
-  batch_ended_.wait_for(locked, Seconds(seconds), [&] {
-    found = std::find_if(batches.begin(), batches.end(), ended);
-    return found != batches.end();
-  });
+  auto found = std::find_if(batches.begin(), batches.end(), ended);
+  // A look is free; a wait of no time at all still sleeps until a timer's next tick.
+  if (found == batches.end() && seconds > 0) {
+    batch_ended_.wait_for(locked, Seconds(seconds), [&] {
+      found = std::find_if(batches.begin(), batches.end(), ended);
+      return found != batches.end();
+    });
+  }
   return found == batches.end() ? -1 : found - batches.begin();
 }
 

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 PAGE_BYTES = 16384
 COMPONENT_ALIGN_BYTES = 4096
@@ -122,7 +123,7 @@ class LayerLayout:
         tensor = TensorSpec(RECORDS_TENSOR, "U8", (self.n_experts, self.record.stride))
         return safetensors_header([tensor])
 
-    @property
+    @cached_property
     def data_start(self) -> int:
         return len(self.header)
 
