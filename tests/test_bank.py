@@ -50,9 +50,9 @@ def memory_reader(store):
     return MemoryReader({path: path.read_bytes()})
 
 
-def make_bank(store, reader, n_slots=4, *, layout=LAYOUT, widen=False):
+def make_bank(store, reader, n_slots=4, *, layout=LAYOUT, widen=False, **options):
     stats = Stats()
-    return LayerBank(store, layout, reader, stats, n_slots=n_slots, widen=widen), stats
+    return LayerBank(store, layout, reader, stats, n_slots=n_slots, widen=widen, **options), stats
 
 
 def slot_bytes(bank, name, slot):
@@ -369,7 +369,7 @@ def subsets(n_experts, most):
 def test_any_sequence_of_accesses(store, n_slots, accesses, widen):
     """Against a plain list, least recently used first; a failed read may only lose experts."""
     reader = memory_reader(store)
-    bank, stats = make_bank(store, reader, n_slots, widen=widen)
+    bank, stats = make_bank(store, reader, n_slots, widen=widen, policy="lru")
     order, hits, misses = [], 0, 0
     for experts, fails in accesses:
         missing = [expert for expert in experts if expert not in order]
