@@ -2,8 +2,8 @@
 
 Decodes with random sampling in a process of its own, after emptying the page cache where it may.
 On Linux as root, `--cgroup` also puts that process into a memory cgroup, which counts the page
-cache: then every miss really comes from the disk. `--compare` does it with and without the native
-library, in turns.
+cache: then every miss really comes from the disk. What this has beside `flashmoe bench decode` is
+a prompt of any length, held against decoding token by token and against plain sequential reads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,15 +24,13 @@ from typing import Any
 from make_synthetic import find_config, plan_checkpoint, write_checkpoint
 
 import flashmoe
-from flashmoe import FlashMoEError, FlashMoEModel, Sampling, machine, native
+from flashmoe import FlashMoEError, FlashMoEModel, Sampling, machine
 from flashmoe.bench.cgroup import memory_cgroup
 from flashmoe.cli.console import byte_progress
 from flashmoe.io.plain import plain_rate
 from flashmoe.kernels.select import resolve_kernel
 from flashmoe.store.reader import Store, is_store, open_store
 from flashmoe.units import format_size, parse_size
-
-WITH, WITHOUT = "with the native library", "without it"
 
 # Of a file that is read from front to back, and for how long each number of threads does that.
 PIECE_BYTES = 2**20
@@ -74,7 +71,6 @@ def decode(store: str, args: argparse.Namespace) -> Report:
         page_cache = model.page_cache
     return {
         "kernel": resolve_kernel(kernel),
-        "native": native.available() is None,
         "tokens": spent.tokens,
         "tokens_per_second": spent.tokens / spent.seconds.decode,
         "hit_rate": spent.hit_rate,
@@ -116,31 +112,12 @@ def drop_page_cache() -> bool:
     return True
 
 
-@contextlib.contextmanager
-def package_without_library() -> Iterator[Path]:
-    """A folder with a copy of the flashmoe package as an install without a C++ compiler has it."""
-    with tempfile.TemporaryDirectory(prefix="flashmoe-") as folder:
-        shutil.copytree(
-            Path(flashmoe.__file__).parent,
-            Path(folder, "flashmoe"),
-            ignore=shutil.ignore_patterns("*.so", "__pycache__"),
-        )
-        yield Path(folder)
-
-
-def run_decode(store: Path, args: argparse.Namespace, subject: str) -> Report:
-    """One cold run of a subject in a process of its own."""
-    # Without the library the package chooses: a kernel that needs it cannot be asked for.
-    kernel = args.kernel if subject == WITH else "auto"
+def run_decode(store: Path, args: argparse.Namespace) -> Report:
+    """One cold run in a process of its own."""
     command = [sys.executable, __file__, "--decode", str(store), "--memory", args.memory]
     command += ["--prompt-tokens", str(args.prompt_tokens), "--tokens", str(args.tokens)]
-    command += ["--kernel", kernel, *(["--sequential"] if args.sequential else [])]
-    environment = dict(os.environ)
+    command += ["--kernel", args.kernel, *(["--sequential"] if args.sequential else [])]
     with contextlib.ExitStack() as stack:
-        if subject == WITHOUT:
-            folder = stack.enter_context(package_without_library())
-            paths = [str(folder), *filter(None, [environment.get("PYTHONPATH")])]
-            environment["PYTHONPATH"] = os.pathsep.join(paths)
         cold = drop_page_cache()
         entrance = None
         if args.cgroup:
@@ -150,21 +127,13 @@ def run_decode(store: Path, args: argparse.Namespace, subject: str) -> Report:
             if entrance is not None:
                 entrance.write_text(str(os.getpid()))
 
-        done = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=enter
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=enter)
     if done.returncode == -signal.SIGKILL:
         sys.exit(f"error: the run was killed; is --cgroup {args.cgroup} below --memory?")
     if done.returncode:
         sys.exit(done.returncode)
     report: Report = json.loads(done.stdout)
-    if report["native"] != (subject == WITH):
-        sys.exit(
-            "error: the native library is not there; run python -m flashmoe.native.build"
-            if subject == WITH
-            else "error: the run that should lack the native library found it"
-        )
-    return {"subject": subject, "cold": cold, **report}
+    return {"cold": cold, **report}
 
 
 def prepare_store(args: argparse.Namespace, folder: Path) -> Store:
@@ -194,34 +163,28 @@ def print_reports(store: Store, args: argparse.Namespace, reports: list[Report])
         f"page cache {'cold' if cold else 'as it was'}"
         f"{f', cgroup {args.cgroup}' if args.cgroup else ''}, {reports[0]['tokens']} tokens"
     )
-    speeds: dict[str, float] = {}
-    for subject in dict.fromkeys(report["subject"] for report in reports):
-        runs = [report for report in reports if report["subject"] == subject]
-        rates = [run["tokens_per_second"] for run in runs]
-        speeds[subject] = median(rates)
-        spread = f" ({min(rates):.2f} to {max(rates):.2f})" if len(runs) > 1 else ""
-        middle = {
-            key: median(run[key] for run in runs)
-            for key, value in runs[0].items()
-            if isinstance(value, int | float)
-        }
-        print(
-            f"{subject}, kernel {runs[0]['kernel']}: {speeds[subject]:.2f} tok/s{spread}\n"
-            f"  peak memory {format_size(middle['peak_memory_bytes'])}, "
-            f"bank {format_size(middle['bank_bytes'])}, hit rate {middle['hit_rate']:.0%}, "
-            f"{format_size(middle['bytes_read_per_token'])} read per token\n"
-            f"  waiting for reads {middle['waiting_share']:.0%} of the time\n"
-            f"  prompt of {middle['prompt_tokens']:.0f} tokens "
-            f"in {middle['prompt_seconds']:.2f} s, "
-            f"{middle['prompt_seconds_waiting']:.2f} s of it waiting for reads, "
-            f"{format_size(middle['prompt_bytes_read'])} read\n"
-            f"  {middle['prompt_tokens'] / middle['prompt_seconds']:.1f} tok/s, "
-            f"{prompt_gain(middle):.1f} times as fast as token by token; "
-            f"reading {format_size(middle['prompt_bytes_per_second'])}/s"
-            f"{sequential_share(middle)}"
-        )
-    if len(speeds) == 2:
-        print(f"native library: {speeds[WITH] / speeds[WITHOUT]:.1f} times as fast")
+    rates = [report["tokens_per_second"] for report in reports]
+    spread = f" ({min(rates):.2f} to {max(rates):.2f})" if len(reports) > 1 else ""
+    middle = {
+        key: median(report[key] for report in reports)
+        for key, value in reports[0].items()
+        if isinstance(value, int | float)
+    }
+    print(
+        f"kernel {reports[0]['kernel']}: {median(rates):.2f} tok/s{spread}\n"
+        f"  peak memory {format_size(middle['peak_memory_bytes'])}, "
+        f"bank {format_size(middle['bank_bytes'])}, hit rate {middle['hit_rate']:.0%}, "
+        f"{format_size(middle['bytes_read_per_token'])} read per token\n"
+        f"  waiting for reads {middle['waiting_share']:.0%} of the time\n"
+        f"  prompt of {middle['prompt_tokens']:.0f} tokens "
+        f"in {middle['prompt_seconds']:.2f} s, "
+        f"{middle['prompt_seconds_waiting']:.2f} s of it waiting for reads, "
+        f"{format_size(middle['prompt_bytes_read'])} read\n"
+        f"  {middle['prompt_tokens'] / middle['prompt_seconds']:.1f} tok/s, "
+        f"{prompt_gain(middle):.1f} times as fast as token by token; "
+        f"reading {format_size(middle['prompt_bytes_per_second'])}/s"
+        f"{sequential_share(middle)}"
+    )
 
 
 def prompt_gain(run: Report) -> float:
@@ -251,16 +214,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--memory", default="3500MB", help="default: 3500MB")
     parser.add_argument("--tokens", type=int, default=33, help="default: 33")
     parser.add_argument("--prompt-tokens", type=int, default=16, help="default: 16")
-    parser.add_argument("--kernel", default="auto", help="of runs with the native library")
+    parser.add_argument("--kernel", default="auto", help="default: auto")
     parser.add_argument("--cgroup", metavar="SIZE", help="limit memory and page cache together")
     parser.add_argument(
         "--sequential", action="store_true", help="compare the prompt's reads with plain ones"
     )
     parser.add_argument("--folder", type=Path, help="keep a store made here, and reuse it")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--without-native", action="store_true", help="as if it were not built")
-    which.add_argument("--compare", action="store_true", help="with and without it, and the ratio")
-    parser.add_argument("--rounds", type=int, default=1, help="runs of each; default: 1")
+    parser.add_argument("--rounds", type=int, default=1, help="runs; default: 1")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--decode", metavar="STORE", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -273,20 +233,13 @@ def main() -> None:
             report = decode(args.decode, args)
             print(json.dumps(report))
             return
-        subjects = [WITHOUT] if args.without_native else [WITH]
-        if args.compare:
-            subjects.append(WITHOUT)
         parse_size(args.memory)
         with contextlib.ExitStack() as stack:
             folder = args.folder or Path(
                 stack.enter_context(tempfile.TemporaryDirectory(prefix="out-of-core-"))
             )
             store = prepare_store(args, folder)
-            reports = [
-                run_decode(store.path, args, subject)
-                for _ in range(args.rounds)
-                for subject in subjects
-            ]
+            reports = [run_decode(store.path, args) for _ in range(args.rounds)]
     except FlashMoEError as error:
         sys.exit(f"error: {error}")
     if args.json:

@@ -105,9 +105,7 @@ class ReadAhead:
         for ticket, _ in self._coming.values():
             if ticket is not None:
                 ticket.cancel()
-        for ticket, _ in self._coming.values():
-            if ticket is not None:
-                _succeeded(ticket)
+        self.outlast()
         return self.harvest()
 
 
