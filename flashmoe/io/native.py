@@ -28,6 +28,8 @@ from flashmoe.native.reader import (
 
 # How long Ctrl-C may go unnoticed in a wait.
 SLICE_SECONDS = 0.05
+# How many tickets that nobody has waited for are kept before those that have ended are let go.
+MOST_UNSEEN = 32
 # Added to the place of an exception that a replaced preadv raised, in an errno's stead.
 _FOREIGN = 1 << 20
 
@@ -57,6 +59,7 @@ class NativeReader(Reader):
         self._callback = PREADV() if preadv is None else PREADV(self._calling(preadv))
         # Batches that may still be written to: their buffers have to stay.
         self._running: set[NativeTicket] = set()
+        self._look_at = MOST_UNSEEN
         self._last_counters = ReadCounters()
         self._handle: Any = self._library.fm_reader_open(
             depth.threads, depth.piece_bytes or 0, not page_cache, self._callback
@@ -98,10 +101,12 @@ class NativeReader(Reader):
             if self._handle is None:
                 path, offset = (requests[0].path, requests[0].offset) if requests else ("-", 0)
                 raise ReadError(str(path), offset, "the reader is closed")
-            # A copy, because waits in other threads take tickets out meanwhile.
-            for earlier in tuple(self._running):
-                if earlier.done():
-                    self._running.discard(earlier)
+            if len(self._running) >= self._look_at:
+                # A copy, because waits in other threads take tickets out meanwhile.
+                for earlier in tuple(self._running):
+                    if earlier.done():
+                        self._running.discard(earlier)
+                self._look_at = 2 * len(self._running) + MOST_UNSEEN
             ticket = NativeTicket(self, requests)
             # Before anything can be written; an interrupted call leaves it there for good.
             self._running.add(ticket)

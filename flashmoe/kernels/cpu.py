@@ -37,9 +37,10 @@ def bind_experts(weights: Mapping[str, mx.array], spec: ExpertSpec) -> ExpertFor
     def forward(x: mx.array, slots: Slots) -> mx.array:
         if x.dtype != mx.float32:
             return twin(x, slots)
-        rows = np.array(x.reshape(-1, x.shape[-1]), copy=False)
+        # Reshaped in numpy: for MLX it would be one more array to evaluate.
+        rows = np.array(x, copy=False).reshape(-1, x.shape[-1])
         y = run(rows, slots.reshape(-1, slots.shape[-1]))
-        return mx.array(y).reshape(*slots.shape, y.shape[-1])
+        return mx.array(y.reshape(*slots.shape, y.shape[-1]))
 
     return forward
 

@@ -180,9 +180,10 @@ def _slots(array: mx.array) -> mx.array:
 def _product(layer: Any, x: mx.array) -> mx.array:
     matrix: native.Matrix = layer._matrix
     with layer._clock.during("computing"):
-        rows = np.array(x.reshape(-1, x.shape[-1]), copy=False)
+        # Reshaped in numpy: for MLX it would be one more array to evaluate.
+        rows = np.array(x, copy=False).reshape(-1, x.shape[-1])
         y = native.matmul(rows, matrix)
-    return mx.array(y).reshape(*x.shape[:-1], matrix.rows)
+    return mx.array(y.reshape(*x.shape[:-1], matrix.rows))
 
 
 def _is_native_per_head(layer: Any, x: mx.array, transpose: bool) -> bool:

@@ -141,24 +141,23 @@ class StreamedExperts(nn.Module):
         land. In any order, because a kernel's results do not depend on which slots are in a call.
         Behind them, what the next layer may need is read.
         """
-        flat = experts.reshape(-1)
-        with self._bank.request(flat.tolist(), apart=True) as arrivals:
+        flat: list[int] = experts.reshape(-1).tolist()
+        with self._bank.request(flat, apart=True) as arrivals:
             if guess is not None and self.foresight is not None:
                 self.foresight.read_ahead(guess)
-            ready = self._bank.resident(flat.tolist())
+            ready = self._bank.resident(flat)
             if len(ready) == len(flat):
                 return self._compute(x, self._bank.slots_of(experts))
             row = x.reshape(1, x.shape[-1])
-            places, parts = [], []
+            order: list[int] = []
+            parts = []
             while ready or (ready := self._bank.wait(arrivals)):
-                taken = np.flatnonzero(np.isin(flat, ready))
-                places.append(taken)
-                parts.append(self._compute(row, self._bank.slots_of(flat[None, taken]))[0])
+                order += ready
+                parts.append(self._compute(row, self._bank.slots_of(np.array([ready]))))
                 # A lazy kernel starts now, while the reads go on.
                 mx.async_eval(parts[-1])  # type: ignore[no-untyped-call]
                 ready = []
-        order = np.argsort(np.concatenate(places))
-        y = mx.concatenate(parts)[mx.array(order)]
+        y = mx.concatenate(parts, axis=1)[0][mx.array([order.index(expert) for expert in flat])]
         return y.reshape(*experts.shape, y.shape[-1])
 
     def _run(self, x: mx.array, experts: npt.NDArray[Any], distinct: npt.NDArray[Any]) -> mx.array:
