@@ -123,18 +123,43 @@ def test_a_new_guess_cancels_the_old_one(store: Store) -> None:
     bank.check_integrity()
 
 
-@pytest.mark.parametrize(("n_slots", "expected"), [(3, 0), (4, 1), (5, 2), (8, 4)])
-def test_one_tokens_needs_are_never_guessed_away(store: Store, n_slots: int, expected: int) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(("n_slots", "expected"), [(3, 3), (4, 4), (5, 4), (8, 4)])
+def test_a_demand_takes_slots_back_from_wrong_guesses(
+    store: Store, n_slots: int, expected: int, begun: bool
+) -> None:
     reader = slow(store)
     bank, stats = make_bank(store, reader, n_slots=n_slots)
     bank.acquire([0, 1, 2])
     bank.read_ahead([3, 4, 5, 6])
     assert stats.guessed == expected
     bank.check_integrity()
-    # Whatever is on its way, three others still fit.
+    for ticket in reader.waiting:
+        ticket.begun = begun
+    kept = set(bank.held())
+    assert_holds(bank, [0, 2, 7])
+    bank.check_integrity()
+    demanded = len({0, 2, 7} - kept)
+    ended = [ticket for ticket in reader.waiting if ticket.done() and not ticket.dropped]
+    # What has begun is waited for, and counts; nobody wanted it.
+    assert stats.bytes_read == (3 + demanded + len(ended)) * STRIDE
+    assert stats.bytes_wasted == len(ended) * STRIDE
+    assert begun or not ended
+    assert_holds(bank, [1, 3, 4])
+    bank.check_integrity()
+
+
+def test_a_wrong_guess_that_fails_gives_its_slot_back(store: Store) -> None:
+    reader = slow(store, bad_offset=LAYOUT.record_offset(4))
+    bank, stats = make_bank(store, reader, n_slots=3)
+    bank.read_ahead([4, 5, 6])
     for ticket in reader.waiting:
         ticket.begun = True
-    assert_holds(bank, [0, 2, 7])
+    assert_holds(bank, [0, 1, 2])
+    assert stats.bytes_wasted == 2 * STRIDE
+    bank.check_integrity()
+    with pytest.raises(ReadError):
+        bank.acquire([4])
     bank.check_integrity()
 
 
@@ -241,10 +266,11 @@ def test_widened_records_are_not_read_ahead(store: Store) -> None:
     assert stats.guessed == 0
 
 
-def test_any_order_of_guesses_and_demands(store: Store) -> None:
+@pytest.mark.parametrize("n_slots", [3, 5])
+def test_any_order_of_guesses_and_demands(store: Store, n_slots: int) -> None:
     draw = random.Random(3)
     reader = slow(store)
-    bank, stats = make_bank(store, reader, n_slots=5)
+    bank, stats = make_bank(store, reader, n_slots=n_slots)
     for _ in range(300):
         for ticket in reader.waiting:
             if draw.random() < 0.3:

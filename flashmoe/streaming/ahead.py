@@ -87,6 +87,22 @@ class ReadAhead:
         del self._coming[expert]
         return arrival
 
+    def give_up(self, keep: Collection[int]) -> tuple[Arrival, bool] | None:
+        """Take one back that is not kept, and whether it was read whole: the last that has not
+        begun, or else the first, which is waited for. None when all are kept."""
+        others = [expert for expert in self._coming if expert not in keep]
+        for expert in reversed(others):
+            if (arrival := self.cancel(expert)) is not None:
+                return arrival, False
+        if not others:
+            return None
+        ticket, arrival = self._coming[others[0]]
+        if ticket is None:
+            self._reader.drain()
+        whole = ticket is not None and _succeeded(ticket)
+        del self._coming[others[0]]
+        return arrival, whole
+
     def outlast(self) -> None:
         """Return once all have ended, in whichever way."""
         for ticket, _ in self._coming.values():

@@ -96,7 +96,7 @@ class LayerBank(SlotTable):
                         begun.append((ticket, arrival))
                         continue
                 else:
-                    arrival = self._arrival(expert, self._take_slot(pinned), row)
+                    arrival = self._arrival(expert, self._demand_slot(pinned), row)
                 arrivals.append(arrival)
         except BaseException:
             for ticket, arrival in begun:
@@ -122,21 +122,22 @@ class LayerBank(SlotTable):
     @property
     def reads_ahead(self) -> bool:
         """Whether `read_ahead` does anything."""
-        return not self.memory.staged and self.memory.n_slots > self.group
+        return not self.memory.staged
 
     def read_ahead(self, experts: Sequence[int]) -> None:
         """Start reading experts that may be needed next, likeliest first, when nothing demanded
         waits to be read.
 
-        They take the places of those used longest ago. What was begun for an earlier guess and
-        is not among these is cancelled. Does nothing where one token's needs fill the bank, and
-        where records have to be widened as they land.
+        They take the places of those that the policy would evict next. What was begun for an
+        earlier guess and is not among these is cancelled. Does nothing where records have to be
+        widened as they land.
         """
         if self._closed or not self.reads_ahead:
             return
         self._harvest()
         self._lose(self._ahead.drop(keep=experts))
-        room = self._room_ahead
+        # A demand takes slots back from guesses, but not from what is preloaded.
+        room = self._room_ahead if len(self._preload) else len(experts)
         wanted = self._not_coming(experts)
         if not wanted or room <= 0:
             return
@@ -145,7 +146,7 @@ class LayerBank(SlotTable):
             try:
                 arrival = self._arrival(expert, self._take_slot(set(experts)), row=0)
             except LookupError:
-                return  # all that could give way is guessed itself
+                return  # all that could give way is guessed itself, or on its way
             try:
                 self._ahead.begin(arrival)
             except ReadError:
@@ -337,6 +338,21 @@ class LayerBank(SlotTable):
             return arrival.slot
         self._admit_preloaded()
         return self._evict(pinned)
+
+    def _demand_slot(self, pinned: set[int]) -> int:
+        """As `_take_slot`, or else the slot of a wrong guess."""
+        try:
+            return self._take_slot(pinned)
+        except LookupError:
+            with self._stats.clock.during("reading"):
+                found = self._ahead.give_up(pinned)
+            if found is None:
+                raise
+        arrival, whole = found
+        if whole:
+            self._stats.bytes_read += self._layer.record.stride
+            self._stats.bytes_wasted += self._layer.record.stride
+        return arrival.slot
 
     def _admit_preloaded(self) -> None:
         # All at once, so that they give way in order of value, not of where they are on disk.

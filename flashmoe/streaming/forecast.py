@@ -17,9 +17,10 @@ from flashmoe.streaming.bank import LayerBank
 # From the input of a layer's experts to ids of the next layer's, likeliest first.
 Guess = Callable[[mx.array], mx.array]
 
-# A layer's width changes after so many guesses, up above and down below these precisions.
+# A layer's width changes after so many guesses, up above and down below these precisions. Below
+# one half, guesses cost a busy disk more than they bring.
 LEARN_AFTER = 16
-GOOD, POOR = 0.7, 0.4
+GOOD, POOR = 0.7, 0.5
 # A layer whose guesses are poor is tried again after so many tokens.
 REST = 128
 # Tokens with and without guesses that are compared, and how long the faster way is kept.
