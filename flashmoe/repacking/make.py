@@ -14,8 +14,9 @@ from flashmoe.dtypes import MLX_DTYPES, array_bytes
 from flashmoe.errors import SourceError
 from flashmoe.repacking.graph import Graph
 from flashmoe.repacking.quantize import pack
-from flashmoe.repacking.rows import Step, rows
+from flashmoe.repacking.rows import rows
 from flashmoe.repacking.schedule import Parameter, Piece, span_of
+from flashmoe.repacking.step import Step
 
 # Of what is asked for out of turn (scales of what comes by), this much is remembered.
 REMEMBERED_BYTES = 32 * 2**20

@@ -1,0 +1,97 @@
+"""Which format a checkpoint is packed in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flashmoe.checkpoint.config import Config
+from flashmoe.checkpoint.headers import TensorInfo
+from flashmoe.dtypes import MLX_DTYPES
+from flashmoe.errors import SourceError
+from flashmoe.repacking.formats.contract import AS_IT_IS, Format, Packed, Presentation
+from flashmoe.repacking.formats.fp8 import FP8
+
+
+def _as_it_is(packed: Packed) -> Presentation:
+    return AS_IT_IS
+
+
+# What each reads of a checkpoint is for itself to say.
+FORMATS: tuple[Format, ...] = (
+    FP8,
+    Format("mxfp4 (as gpt-oss has it)", ("mxfp4",), _as_it_is),
+    Format("mxfp8", ("mxfp8",), _as_it_is),
+    Format("AWQ", ("awq",), _as_it_is),
+    Format("GPTQ", ("gptq",), _as_it_is),
+    Format("NVFP4 of ModelOpt", ("modelopt",), _as_it_is),
+    Format("compressed-tensors", ("compressed-tensors",), _as_it_is),
+)
+# Dtypes of safetensors that MLX reads as bytes.
+AS_BYTES = ("F8_E4M3", "F8_E8M0")
+
+
+def present(
+    folder: Path, where: str, config: Config, tensors: Mapping[str, TensorInfo]
+) -> Presentation:
+    """What mlx-lm is to see of a checkpoint with these tensors and this config, whose small files
+    are in `folder`.
+
+    Raises SourceError, which names `where`, for a format that nobody here reads.
+    """
+    settings = quantization_of(folder, config)
+    packed = Packed(where, settings, config, tensors)
+    presentation = AS_IT_IS
+    if not config.get("quantization"):  # MLX's own are for mlx-lm to read
+        chosen = _format_of(packed)
+        if chosen is not None:
+            presentation = chosen.present(packed)
+    for name, info in tensors.items():
+        is_read = info.dtype in MLX_DTYPES or info.dtype in AS_BYTES
+        if name not in presentation.hidden and not is_read:
+            raise SourceError(
+                f"{name} of {where} has dtype {info.dtype}, which no format that flashmoe reads "
+                f"has: {known()}"
+            )
+    return presentation
+
+
+def quantization_of(folder: Path, config: Config) -> Mapping[str, Any]:
+    """A checkpoint's `quantization_config`, wherever it states one; nothing if it does not."""
+    for level in (config, config.get("text_config") or {}):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(level.get(key), dict):
+                return dict(level[key])
+    try:
+        stated = json.loads((folder / "hf_quant_config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(stated, dict):
+        return {}
+    # ModelOpt's own file does not name it.
+    return {"quant_method": "modelopt", **stated}
+
+
+def known() -> str:
+    """The formats that checkpoints may be in, for a message."""
+    return ", ".join(["floats", "MLX", *(known_format.words for known_format in FORMATS)])
+
+
+def _format_of(packed: Packed) -> Format | None:
+    method = packed.settings.get("quant_method")
+    if method is None and packed.settings:
+        method = packed.settings.get("quant_algo") or packed.settings.get("format")
+    for candidate in FORMATS:
+        if method in candidate.methods:
+            return candidate
+        endings = candidate.endings
+        if not packed.settings and endings and any(n.endswith(endings) for n in packed.tensors):
+            return candidate
+    if not packed.settings:
+        return None
+    raise SourceError(
+        f"{packed.where} is packed as {method or 'nobody says'}, which flashmoe does not read; "
+        f"it reads {known()}"
+    )
