@@ -50,7 +50,7 @@ class Maker:
         if step.is_plain and parameter.packing is None and self._keeps_dtype(parameter):
             return [read(next(step.leaves()))]
         try:
-            result = step.evaluate(lambda leaf: self._array(leaf, read(leaf)))
+            result = step.evaluate(lambda leaf: self._array(leaf, read(leaf)), checked=True)
             if parameter.packing is not None:
                 parts = list(pack(result, parameter.packing).values())
             else:

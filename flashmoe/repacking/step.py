@@ -14,7 +14,8 @@ Apply = Callable[..., mx.array]
 class Step:
     """Rows `begin` to `end` of a source tensor `leaf`, or what `apply` makes of `inputs`.
 
-    `moves` says that the result has the very bytes of its one input, in their order.
+    `moves` says that the result has the very bytes of its one input, in their order. `check` is
+    given what `apply` is; it looks at values and raises SourceError.
     """
 
     leaf: str = ""
@@ -23,6 +24,7 @@ class Step:
     apply: Apply | None = None
     inputs: tuple[Step, ...] = ()
     moves: bool = True
+    check: Callable[..., None] | None = None
 
     def leaves(self) -> Iterator[Step]:
         """The source's rows that this needs."""
@@ -38,8 +40,12 @@ class Step:
             return True
         return self.moves and len(self.inputs) == 1 and self.inputs[0].is_plain
 
-    def evaluate(self, read: Callable[[Step], mx.array]) -> mx.array:
-        """The result; `read` gives the rows of a leaf."""
+    def evaluate(self, read: Callable[[Step], mx.array], *, checked: bool = False) -> mx.array:
+        """The result; `read` gives the rows of a leaf. `checked` has values looked at, which
+        evaluates them."""
         if self.apply is None:
             return read(self)
-        return self.apply(*(step.evaluate(read) for step in self.inputs))
+        inputs = [step.evaluate(read, checked=checked) for step in self.inputs]
+        if checked and self.check is not None:
+            self.check(*inputs)
+        return self.apply(*inputs)

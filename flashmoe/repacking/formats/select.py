@@ -11,8 +11,10 @@ from flashmoe.checkpoint.config import Config
 from flashmoe.checkpoint.headers import TensorInfo
 from flashmoe.dtypes import MLX_DTYPES
 from flashmoe.errors import SourceError
+from flashmoe.repacking.formats.awq import AWQ
 from flashmoe.repacking.formats.contract import AS_IT_IS, Format, Packed, Presentation
 from flashmoe.repacking.formats.fp8 import FP8
+from flashmoe.repacking.formats.gptq import GPTQ
 
 
 def _as_it_is(packed: Packed) -> Presentation:
@@ -24,8 +26,8 @@ FORMATS: tuple[Format, ...] = (
     FP8,
     Format("mxfp4 (as gpt-oss has it)", ("mxfp4",), _as_it_is),
     Format("mxfp8", ("mxfp8",), _as_it_is),
-    Format("AWQ", ("awq",), _as_it_is),
-    Format("GPTQ", ("gptq",), _as_it_is),
+    AWQ,
+    GPTQ,
     Format("NVFP4 of ModelOpt", ("modelopt",), _as_it_is),
     Format("compressed-tensors", ("compressed-tensors",), _as_it_is),
 )
