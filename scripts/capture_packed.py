@@ -9,7 +9,9 @@ The packing, and the floats, are by the packages themselves, on the CPU:
 - AWQ: AutoAWQ 0.2.9, `WQLinear_GEMM` and `WQLinear_GEMV`, `dequantize_gemm`;
 - GPTQ: AutoGPTQ 0.7.1, `QuantLinear` of `qlinear_cuda`, its weights taken out by multiplying with
   the identity; `gptq_v2` differs by one in each zero, as GPTQModel 7.7.0 converts it;
-- bitsandbytes 0.50.2: its functions, and `QuantState` for the names of the tensors.
+- bitsandbytes 0.50.2: its functions, and `QuantState` for the names of the tensors. Its generic
+  dequantizing is taken, which is also its CPU kernel's where rows hold whole blocks; elsewhere that
+  kernel is wrong (off by more than half of the largest weight), unlike the one for CUDA.
 
 AutoAWQ's and AutoGPTQ's calibration and kernels want a GPU and are not used: weights are random and
 rounded to nearest here. Neither package can be imported whole beside a new transformers, so that
@@ -41,7 +43,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 PROMPT_TOKENS = 16
-VOCAB_SIZE = 64
+VOCAB_SIZE = 32
 GROUP = 32
 
 Tensors = dict[str, Tensor]
@@ -95,14 +97,15 @@ def linear_of(weight: Tensor) -> nn.Linear:
     return linear
 
 
-def awq(weight: Tensor, group: int = GROUP) -> PackedLayer:
+def awq(weight: Tensor, group: int = GROUP, dtype: torch.dtype = torch.float16) -> PackedLayer:
+    """The floats are of `dtype`: those of float32 are not rounded."""
     gemm = bare("awq.modules.linear.gemm")
     index = torch.arange(weight.shape[1]) // group
     scales, zeros = rounded(weight, 4, group, sym=False)
     linear = linear_of(clipped(weight, scales, zeros, 4, index))
     layer = gemm.WQLinear_GEMM.from_linear(linear, 4, group, scales=scales.T, zeros=zeros.T)
     tensors = {key: value.contiguous() for key, value in layer.state_dict().items()}
-    floats = gemm.dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, 4, group)
+    floats = gemm.dequantize_gemm(layer.qweight, layer.qzeros, layer.scales.to(dtype), 4, group)
     return tensors, floats.T.contiguous()
 
 
@@ -118,8 +121,14 @@ def awq_gemv(weight: Tensor, group: int) -> PackedLayer:
 
 
 def gptq(
-    weight: Tensor, bits: int = 4, group: int = GROUP, sym: bool = True, act_order: bool = False
+    weight: Tensor,
+    bits: int = 4,
+    group: int = GROUP,
+    sym: bool = True,
+    act_order: bool = False,
+    dtype: torch.dtype = torch.float16,
 ) -> PackedLayer:
+    """The floats are of `dtype`: those of float32 are not rounded."""
     qlinear = bare("auto_gptq.nn_modules.qlinear.qlinear_cuda")
     n_out, n_in = weight.shape
     group = n_in if group == -1 else group
@@ -131,7 +140,8 @@ def gptq(
     layer = qlinear.QuantLinear(bits, group, n_in, n_out, False)
     layer.pack(linear, scales.half(), zeros.half(), index.int())
     tensors = {key: value.contiguous() for key, value in layer.state_dict().items()}
-    return tensors, layer(torch.eye(n_in, dtype=torch.float16)).T.contiguous()
+    layer.scales = layer.scales.to(dtype)
+    return tensors, layer(torch.eye(n_in, dtype=dtype)).T.contiguous()
 
 
 def gptq_v2(weight: Tensor) -> PackedLayer:
@@ -149,7 +159,14 @@ def bnb(
     )
     parts = state.as_dict(packed=True)
     tensors = {"weight": data} | {f"weight.{key}": value for key, value in parts.items()}
-    return tensors, functional.dequantize_4bit(data, state)
+    absmax = state.absmax
+    if nested:
+        absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    generic = importlib.import_module("bitsandbytes.backends.default.ops")._dequantize_4bit_compute
+    floats = generic(data.reshape(-1), absmax, state.code, block, weight.shape, dtype)
+    if weight.shape[1] % block == 0:
+        assert torch.equal(floats, functional.dequantize_4bit(data, state))
+    return tensors, floats
 
 
 def bnb_int8(weight: Tensor) -> PackedLayer:
@@ -236,7 +253,7 @@ def linears() -> tuple[Tensors, dict[str, dict[str, object]]]:
 def shrunk(
     config: transformers.PreTrainedConfig, **changes: object
 ) -> transformers.PreTrainedConfig:
-    """The config with other sizes; an expert's width is twice that of the model."""
+    """The config with other sizes; experts are twice as wide as the model."""
     sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "tie_word_embeddings": True}
     if hasattr(config, "moe_intermediate_size"):
         sizes["moe_intermediate_size"] = 64
@@ -250,13 +267,19 @@ def models() -> dict[
 ]:
     """Per folder: a model, its settings, and what packs its layers."""
     qwen = shrunk(attention.qwen3_moe(), num_experts=4, num_hidden_layers=2, mlp_only_layers=[0])
-    mixtral = shrunk(attention.mixtral(), num_local_experts=4, num_hidden_layers=1, head_dim=16)
+    # Its attention is as wide as the model for mlx-lm, and AutoGPTQ packs 32 outputs at least.
+    mixtral = shrunk(attention.mixtral(), num_local_experts=4, num_hidden_layers=1, hidden_size=64)
+    mixtral.intermediate_size = 32
     deepseek = shrunk(latent.deepseek_v3(), n_routed_experts=4, n_group=2, topk_group=1)
-    shrunk(deepseek, first_k_dense_replace=0, num_hidden_layers=1)
+    shrunk(deepseek, first_k_dense_replace=0, num_hidden_layers=1, tie_word_embeddings=False)
     ordered = shrunk(attention.qwen3_moe(), num_experts=4, num_hidden_layers=1, mlp_only_layers=[])
     return {
-        "awq": (qwen, awq_settings("gemm", GROUP), awq),
-        "gptq": (mixtral, gptq_settings(), gptq),
+        "awq": (
+            qwen,
+            awq_settings("gemm", GROUP),
+            lambda weight: awq(weight, dtype=torch.float32),
+        ),
+        "gptq": (mixtral, gptq_settings(), lambda weight: gptq(weight, dtype=torch.float32)),
         "gptq_act_order": (
             ordered,
             gptq_settings(sym=False, act_order=True),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,14 @@ class Loaded:
 
 
 def load_lazily(
-    checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], *, outlined: bool
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], bytes],
+    *,
+    outlined: bool,
 ) -> Loaded:
     """The checkpoint's mlx-lm model, nothing evaluated, its tensors as their format presents them.
+    `read` gives the bytes of a tensor, which some formats state shapes in.
 
     `outlined` loads a file that has `tensors` as its header and no data instead of the
     checkpoint's own, which need not be there then; nothing must be evaluated of that.
@@ -44,7 +49,7 @@ def load_lazily(
     what the family expects.
     """
     stated = read_config(checkpoint.folder)
-    presentation = present(checkpoint.folder, checkpoint.where, stated, tensors)
+    presentation = present(checkpoint.folder, checkpoint.where, stated, tensors, read)
     _, config = build_model(stated)
     config.update(presentation.config)
     if config.get("quantize_activations"):

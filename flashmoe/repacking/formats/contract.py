@@ -17,12 +17,15 @@ Weights = dict[str, mx.array]
 @dataclass(frozen=True)
 class Packed:
     """A checkpoint as a format sees it: `settings` is its `quantization_config`, `config` all of
-    config.json, `tensors` every tensor of its files by name. `where` is what errors call it."""
+    config.json, `tensors` every tensor of its files by name. `where` is what errors call it.
+    `read` gives the bytes of a tensor, for the few that say what others are: each may be a
+    request of the Hub."""
 
     where: str
     settings: Mapping[str, Any]
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    read: Callable[[str], bytes]
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,9 @@ class StandIn:
 
     `dtype` is a safetensors name. `rows(begin, end)` makes rows `begin` to `end` of the first
     axis, `[end - begin, *shape[1:]]` of that dtype, out of rows of the source's tensors by MLX
-    operations that nothing evaluates. A row's bits must not depend on which rows are asked for
-    with it. Dtypes that MLX lacks arrive as uint8.
+    operations that nothing evaluates. Where one looks at values, those may be the zeros of an
+    outline. A row's bits must not depend on which rows are asked for with it. Dtypes that MLX
+    lacks arrive as uint8.
     """
 
     dtype: str

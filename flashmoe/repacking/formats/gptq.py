@@ -139,7 +139,8 @@ def _unpacked_zeros(bits: int, shortfall: int, begin: int, end: int, qzeros: mx.
 def _check_index(
     name: str, n_groups: int, group: int | None, _: mx.array, index: mx.array | None = None
 ) -> None:
-    """Raise SourceError unless each input's group is one, and `group` inputs each if it is given."""
+    """Raise SourceError unless each input's group is one that there is, and, if `group` is given,
+    the next `group` inputs have the next."""
     if index is None:
         return
     if int(mx.min(index)) < 0 or int(mx.max(index)) >= n_groups:

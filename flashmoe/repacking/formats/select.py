@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from flashmoe.checkpoint.headers import TensorInfo
 from flashmoe.dtypes import MLX_DTYPES
 from flashmoe.errors import SourceError
 from flashmoe.repacking.formats.awq import AWQ
+from flashmoe.repacking.formats.bitsandbytes import BITSANDBYTES
 from flashmoe.repacking.formats.contract import AS_IT_IS, Format, Packed, Presentation
 from flashmoe.repacking.formats.fp8 import FP8
 from flashmoe.repacking.formats.gptq import GPTQ
@@ -28,6 +29,7 @@ FORMATS: tuple[Format, ...] = (
     Format("mxfp8", ("mxfp8",), _as_it_is),
     AWQ,
     GPTQ,
+    BITSANDBYTES,
     Format("NVFP4 of ModelOpt", ("modelopt",), _as_it_is),
     Format("compressed-tensors", ("compressed-tensors",), _as_it_is),
 )
@@ -36,15 +38,19 @@ AS_BYTES = ("F8_E4M3", "F8_E8M0")
 
 
 def present(
-    folder: Path, where: str, config: Config, tensors: Mapping[str, TensorInfo]
+    folder: Path,
+    where: str,
+    config: Config,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], bytes],
 ) -> Presentation:
-    """What mlx-lm is to see of a checkpoint with these tensors and this config, whose small files
-    are in `folder`.
+    """What mlx-lm is to see of a checkpoint with these tensors, the bytes of which `read` gives,
+    and this config, whose small files are in `folder`.
 
     Raises SourceError, which names `where`, for a format that nobody here reads.
     """
     settings = quantization_of(folder, config)
-    packed = Packed(where, settings, config, tensors)
+    packed = Packed(where, settings, config, tensors, read)
     presentation = AS_IT_IS
     if not config.get("quantization"):  # MLX's own are for mlx-lm to read
         chosen = _format_of(packed)
