@@ -16,6 +16,7 @@ from flashmoe.repacking.formats.bitsandbytes import BITSANDBYTES
 from flashmoe.repacking.formats.contract import AS_IT_IS, Format, Packed, Presentation
 from flashmoe.repacking.formats.fp8 import FP8
 from flashmoe.repacking.formats.gptq import GPTQ
+from flashmoe.repacking.formats.modelopt import MODELOPT
 
 
 def _as_it_is(packed: Packed) -> Presentation:
@@ -30,11 +31,12 @@ FORMATS: tuple[Format, ...] = (
     AWQ,
     GPTQ,
     BITSANDBYTES,
-    Format("NVFP4 of ModelOpt", ("modelopt",), _as_it_is),
+    MODELOPT,
     Format("compressed-tensors", ("compressed-tensors",), _as_it_is),
 )
-# Dtypes of safetensors that MLX reads as bytes.
-AS_BYTES = ("F8_E4M3", "F8_E8M0")
+# Dtypes that MLX loads as what they are, and those that it loads as bytes.
+READ = tuple(name for name in MLX_DTYPES if name != "F64")
+READ_AS_BYTES = ("F8_E4M3", "F8_E8M0")
 
 
 def present(
@@ -51,17 +53,15 @@ def present(
     """
     settings = quantization_of(folder, config)
     packed = Packed(where, settings, config, tensors, read)
-    presentation = AS_IT_IS
-    if not config.get("quantization"):  # MLX's own are for mlx-lm to read
-        chosen = _format_of(packed)
-        if chosen is not None:
-            presentation = chosen.present(packed)
+    # What MLX packed is for mlx-lm to read.
+    chosen = None if config.get("quantization") else _format_of(packed)
+    presentation = chosen.present(packed) if chosen is not None else AS_IT_IS
+    readable = READ if chosen is None else (*READ, *READ_AS_BYTES)
     for name, info in tensors.items():
-        is_read = info.dtype in MLX_DTYPES or info.dtype in AS_BYTES
-        if name not in presentation.hidden and not is_read:
+        if name not in presentation.hidden and info.dtype not in readable:
             raise SourceError(
-                f"{name} of {where} has dtype {info.dtype}, which no format that flashmoe reads "
-                f"has: {known()}"
+                f"{name} of {where} has dtype {info.dtype}, which flashmoe does not read; "
+                f"it reads {known()}"
             )
     return presentation
 
@@ -88,9 +88,8 @@ def known() -> str:
 
 
 def _format_of(packed: Packed) -> Format | None:
+    """The format of a checkpoint, or None for floats."""
     method = packed.settings.get("quant_method")
-    if method is None and packed.settings:
-        method = packed.settings.get("quant_algo") or packed.settings.get("format")
     for candidate in FORMATS:
         if method in candidate.methods:
             return candidate
@@ -99,7 +98,5 @@ def _format_of(packed: Packed) -> Format | None:
             return candidate
     if not packed.settings:
         return None
-    raise SourceError(
-        f"{packed.where} is packed as {method or 'nobody says'}, which flashmoe does not read; "
-        f"it reads {known()}"
-    )
+    how = "does not say how it is packed" if method is None else f"is packed as {method}"
+    raise SourceError(f"{packed.where} {how}, which flashmoe does not read; it reads {known()}")
