@@ -29,7 +29,7 @@ KINDS = sorted(n for n in read_header(SCALES) if f"{n}_scale_inv" in read_header
 
 
 def presented(tensors: dict[str, TensorInfo], **settings: object) -> Presentation:
-    return present(Packed("the checkpoint", settings, {"dtype": "float32"}, tensors))
+    return present(Packed("the checkpoint", settings, {"dtype": "float32"}, tensors, str.encode))
 
 
 @pytest.mark.parametrize("kind", KINDS)
