@@ -1,10 +1,10 @@
-"""Capture checkpoints as others pack them: tiny models, packed and unpacked by transformers.
+"""Capture checkpoints as others pack them: tiny models, packed and unpacked by others' code.
 
 For each case this writes the checkpoint as its publishers lay it out, the SHA-256 of each weight
-as transformers unpacks it, and the logits of the unpacked model in float32.
+as transformers or compressed-tensors unpacks it, and the logits of the unpacked model in float32.
 
-This script needs torch, transformers and accelerate. It knows nothing of mlx or of flashmoe, which
-is what makes its files independent of the code they test.
+This script needs torch, transformers, accelerate and compressed-tensors. It knows nothing of mlx
+or of flashmoe, which is what makes its files independent of the code they test.
 
     python scripts/capture_formats.py [CASE ...] [--out tests/formats]
 """
@@ -21,6 +21,8 @@ from types import SimpleNamespace
 import torch
 import transformers
 from capture_golden import randomize
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from golden_shared import COMMON, default_rope
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
@@ -62,18 +64,17 @@ def deepseek_v3() -> PreTrainedConfig:
     )
 
 
-def qwen3_moe() -> PreTrainedConfig:
-    """Blocks of 128, which the experts' width of 160 is no multiple of."""
+def qwen3_moe(width: int) -> PreTrainedConfig:
     return transformers.Qwen3MoeConfig(
         **TINY,
         hidden_size=32,
         intermediate_size=64,
-        moe_intermediate_size=160,
+        moe_intermediate_size=width,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
-        num_experts=4,
+        num_experts=3,
         num_experts_per_tok=2,
         norm_topk_prob=True,
         tie_word_embeddings=False,
@@ -186,7 +187,81 @@ def fp8_deepseek_v3(folder: Path, prompt: torch.Tensor) -> tuple[Tensors, torch.
 
 
 def fp8_qwen3_moe(folder: Path, prompt: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    unpacked = pack_fp8(qwen3_moe(), folder, (128, 128), torch.bfloat16)
+    """Blocks of 128, which the experts' width of 160 is no multiple of."""
+    unpacked = pack_fp8(qwen3_moe(160), folder, (128, 128), torch.bfloat16)
+    return unpacked, logits_of_floats(unpacked, folder, prompt)
+
+
+def scheme_of(name: str) -> QuantizationScheme | None:
+    """How compressed-tensors is to pack a weight: another way for each projection."""
+    integer = {"type": "int", "symmetric": True}
+    scheme = {
+        "gate_proj": {**integer, "num_bits": 4, "strategy": "group", "group_size": 32},
+        "up_proj": {**integer, "num_bits": 4, "strategy": "group", "group_size": 32},
+        "down_proj": {"type": "float", "num_bits": 4, "strategy": "group", "group_size": 32},
+        "q_proj": {"type": "float", "num_bits": 8, "strategy": "channel"},
+        "k_proj": {**integer, "num_bits": 8, "strategy": "channel"},
+        "v_proj": {"type": "int", "symmetric": False, "num_bits": 8, "strategy": "channel"},
+        "o_proj": {**integer, "num_bits": 8, "strategy": "channel"},
+    }.get(name.split(".")[-2])
+    if scheme is None:
+        return None
+    targets = [f"re:.*{name.split('.')[-2]}$"]
+    return QuantizationScheme(targets=targets, weights=QuantizationArgs(**scheme))
+
+
+COMPRESSED = {
+    "gate_proj": "pack-quantized",
+    "up_proj": "pack-quantized",
+    "down_proj": "mxfp4-pack-quantized",
+    "q_proj": "float-quantized",
+    "k_proj": "int-quantized",
+    "v_proj": "pack-quantized",
+    "o_proj": "pack-quantized",
+}
+
+
+def scales_of(weight: torch.Tensor, scheme: QuantizationScheme) -> Tensors:
+    """Scales, and zero points where there are any, by the largest weights of a group."""
+    args = scheme.weights
+    groups = weight.float().unflatten(-1, (-1, args.group_size or weight.shape[-1]))
+    if not args.symmetric:
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scale = ((high - low) / 255).bfloat16()
+        zero = (-128 - low / scale.float()).round().clamp(-128, 127).to(torch.int8)
+        return {"weight_scale": scale, "weight_zero_point": zero}
+    largest = groups.abs().amax(-1)
+    if args.type == "float" and args.num_bits == 4:
+        return {"weight_scale": (largest / 6).log2().ceil().exp2().bfloat16()}
+    limit = 448 if args.type == "float" else 2 ** (args.num_bits - 1) - 1
+    return {"weight_scale": (largest / limit).bfloat16()}
+
+
+def compressed_qwen3_moe(folder: Path, prompt: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    packed: Tensors = {}
+    unpacked: Tensors = {}
+    groups = {}
+    for name, tensor in floats_of(qwen3_moe(64), folder).items():
+        scheme = scheme_of(name)
+        if scheme is None or name.startswith("lm_head"):
+            packed[name] = unpacked[name] = tensor
+            continue
+        kind = name.split(".")[-2]
+        compressor = BaseCompressor.get_value_from_registry(COMPRESSED[kind])
+        made = compressor.compress({"weight": tensor, **scales_of(tensor, scheme)}, scheme)
+        path = name.removesuffix("weight")
+        packed |= {f"{path}{part}": value for part, value in made.items()}
+        unpacked[name] = compressor.decompress(made, scheme)["weight"].bfloat16()
+        groups[kind] = {**json.loads(scheme.model_dump_json()), "format": COMPRESSED[kind]}
+    save_file(packed, folder / "model.safetensors", {"format": "pt"})
+    state(
+        folder,
+        quant_method="compressed-tensors",
+        format="mixed-precision",
+        config_groups=groups,
+        ignore=["lm_head"],
+        quantization_status="compressed",
+    )
     return unpacked, logits_of_floats(unpacked, folder, prompt)
 
 
@@ -253,6 +328,7 @@ def fp8_scales(folder: Path) -> None:
 
 
 CASES: dict[str, Callable[[Path, torch.Tensor], tuple[Tensors, torch.Tensor]]] = {
+    "compressed_qwen3_moe": compressed_qwen3_moe,
     "fp8_deepseek_v3": fp8_deepseek_v3,
     "fp8_qwen3_moe": fp8_qwen3_moe,
     "mxfp4_gpt_oss": mxfp4_gpt_oss,
@@ -277,7 +353,10 @@ def capture(name: str, out: Path) -> None:
     unpacked, logits = CASES[name](folder, prompt)
     digests = {name: digest(tensor) for name, tensor in sorted(unpacked.items())}
     (folder / "unpacked.json").write_text(json.dumps(digests, indent=0) + "\n")
-    save_file({"prompt": prompt.int(), "logits": logits}, folder / "golden.safetensors")
+    golden = {"prompt": prompt.int(), "logits": logits}
+    if name == "compressed_qwen3_moe":  # the one weight that MLX's packing has to round
+        golden["v_proj"] = unpacked["model.layers.0.self_attn.v_proj.weight"]
+    save_file(golden, folder / "golden.safetensors")
     (folder / "generation_config.json").unlink(missing_ok=True)
     for file in folder.iterdir():
         file.chmod(0o644)

@@ -37,6 +37,11 @@ def present(packed: Packed) -> Presentation:
     is_named = any(name.endswith(SCALES) for name in packed.tensors)
     if packed.settings.get("scale_fmt") == "ue8m0" and stated == MXFP8_BLOCK and not is_named:
         return AS_IT_IS  # mlx-lm keeps these packed, as mxfp8
+    return unpacked(packed, stated)
+
+
+def unpacked(packed: Packed, stated: tuple[int, ...]) -> Presentation:
+    """The same for blocks of the stated size, where a weight's scales say so."""
     dtype = float_dtype(packed)
     stand_ins, hidden = {}, set()
     for name, info in packed.tensors.items():

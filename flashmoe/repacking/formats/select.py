@@ -13,6 +13,7 @@ from flashmoe.dtypes import MLX_DTYPES
 from flashmoe.errors import SourceError
 from flashmoe.repacking.formats.awq import AWQ
 from flashmoe.repacking.formats.bitsandbytes import BITSANDBYTES
+from flashmoe.repacking.formats.compressed import COMPRESSED
 from flashmoe.repacking.formats.contract import AS_IT_IS, Format, Packed, Presentation
 from flashmoe.repacking.formats.fp8 import FP8
 from flashmoe.repacking.formats.gptq import GPTQ
@@ -32,7 +33,7 @@ FORMATS: tuple[Format, ...] = (
     GPTQ,
     BITSANDBYTES,
     MODELOPT,
-    Format("compressed-tensors", ("compressed-tensors",), _as_it_is),
+    COMPRESSED,
 )
 # Dtypes that MLX loads as what they are, and those that it loads as bytes.
 READ = tuple(name for name in MLX_DTYPES if name != "F64")
@@ -84,7 +85,7 @@ def quantization_of(folder: Path, config: Config) -> Mapping[str, Any]:
 
 def known() -> str:
     """The formats that checkpoints may be in, for a message."""
-    return ", ".join(["floats", "MLX", *(known_format.words for known_format in FORMATS)])
+    return ", ".join(["floats", "MLX", *(listed.words for listed in FORMATS)])
 
 
 def _format_of(packed: Packed) -> Format | None:
