@@ -205,5 +205,5 @@ def group_size(packed: Packed, path: str, d_in: int, n_groups: int) -> int:
 
 
 def paths_of(tensors: Mapping[str, object], ending: str) -> list[str]:
-    """What comes before `ending` in the names of the tensors that have it."""
-    return [name.removesuffix(ending) for name in tensors if name.endswith(ending)]
+    """What comes before `ending` in the names of the tensors that have it, sorted."""
+    return sorted(name.removesuffix(ending) for name in tensors if name.endswith(ending))
