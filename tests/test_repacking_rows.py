@@ -8,7 +8,8 @@ import mlx.core as mx
 import pytest
 
 from flashmoe.repacking.graph import Graph, trace
-from flashmoe.repacking.rows import Step, UnknownOperation, rows
+from flashmoe.repacking.rows import UnknownOperation, rows
+from flashmoe.repacking.step import Step
 
 Weights = dict[str, mx.array]
 

@@ -70,15 +70,16 @@ def repack(
     checkpoint = resolve(source, revision)
     before = None if force else begun(folder)
     if before is not None and "tensors" in before:
-        checkpoint, tensors = as_begun(checkpoint, before)
+        checkpoint, tensors, stated = as_begun(checkpoint, before)
     else:
-        tensors = check_files(checkpoint)
-    job = prepare(checkpoint, tensors, chosen, asked)
+        tensors, stated = check_files(checkpoint), {}
+    job = prepare(checkpoint, tensors, chosen, asked, stated)
     if consume:
         check_consumable(job)
         job.identity["tensors"] = {
             name: [tensor.file, *astuple(tensor.info)] for name, tensor in tensors.items()
         }
+        job.identity["stated"] = {name: content.hex() for name, content in job.stated.items()}
     return _execute(job, folder, force=force, consume=consume, progress=progress)
 
 

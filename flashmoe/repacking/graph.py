@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 
 from flashmoe.dtypes import dtype_name
+from flashmoe.repacking.formats.contract import StandIn
 
 Weights = dict[str, mx.array]
 
@@ -39,17 +40,23 @@ class Operation:
 
 @dataclass(frozen=True)
 class Graph:
-    """`targets` are parameters by name, `leaves` the source's tensors by value; every value that
-    is neither a leaf nor a constant has the operation that it comes from."""
+    """`targets` are parameters by name, `leaves` the source's tensors by value, some of which
+    are `stand_ins` (by name) that a format presents; every value that is neither a leaf nor a
+    constant has the operation that it comes from."""
 
     targets: dict[str, str]
     leaves: dict[str, str]
     arrays: dict[str, Array]
     operations: dict[str, Operation]
     constants: dict[str, mx.array]
+    stand_ins: Mapping[str, StandIn] = field(default_factory=dict)
 
 
-def trace(sanitize: Callable[[Weights], Mapping[str, mx.array]], weights: Weights) -> Graph | None:
+def trace(
+    sanitize: Callable[[Weights], Mapping[str, mx.array]],
+    weights: Weights,
+    stand_ins: Mapping[str, StandIn] | None = None,
+) -> Graph | None:
     """The graph of `sanitize` over `weights`, of which nothing is evaluated.
 
     None when it cannot be had: `sanitize` looks at values, or uses an operation that MLX does
@@ -74,7 +81,7 @@ def trace(sanitize: Callable[[Weights], Mapping[str, mx.array]], weights: Weight
     try:
         with _exportable():
             mx.export_function(note, run, *weights.values())
-        return _graph(names, results, parts)
+        return replace(_graph(names, results, parts), stand_ins=stand_ins or {})
     except (ValueError, RuntimeError, KeyError):
         return None
 

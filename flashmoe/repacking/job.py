@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from flashmoe.repacking.schedule import Schedule, schedule
 @dataclass(frozen=True)
 class Job:
     """A plan, its order, and what makes the pieces; `whole` has the tensors for parameters that
-    nothing makes by pieces. `identity` is what the journal begins with."""
+    nothing makes by pieces. `identity` is what the journal begins with, `stated` the tensors that
+    had to be read for the plan."""
 
     checkpoint: Checkpoint
     plan: RepackPlan
@@ -33,18 +34,35 @@ class Job:
     maker: Maker | None
     whole: Tensors
     identity: Entry
+    stated: dict[str, bytes]
 
 
 def prepare(
-    checkpoint: Checkpoint, tensors: dict[str, SourceTensor], recipe: Recipe, asked: bool
+    checkpoint: Checkpoint,
+    tensors: dict[str, SourceTensor],
+    recipe: Recipe,
+    asked: bool,
+    stated: Mapping[str, bytes] | None = None,
 ) -> Job:
-    """Settle everything about a repack of `tensors`; `asked` says that the recipe was asked for.
+    """Settle everything about a repack of `tensors`; `asked` says that the recipe was asked for,
+    `stated` has tensors that need not be read again.
 
     Raises SourceError when the checkpoint is not what its family expects, OptionError when the
     recipe does not fit it.
     """
     outline = {name: tensor.info for name, tensor in tensors.items()}
-    loaded = load_lazily(checkpoint, outline, outlined=bool(checkpoint.elsewhere))
+    files = checkpoint.weight_files
+    known = dict(stated or {})
+
+    def read(name: str) -> bytes:
+        if name not in known:
+            tensor = tensors[name]
+            content = bytearray(tensor.info.nbytes)
+            files[tensor.file].read_into(tensor.info.begin, memoryview(content))
+            known[name] = bytes(content)
+        return known[name]
+
+    loaded = load_lazily(checkpoint, outline, read, outlined=bool(checkpoint.elsewhere))
     model, config, graph = loaded.model, loaded.config, loaded.graph
     routing = probe_routing(config)
     settings: Settings = {}
@@ -57,7 +75,6 @@ def prepare(
         )
     whole = quantize_lazily(model, settings)
     plan = plan_repack(model, config, routing, settings)
-    files = checkpoint.weight_files
     order = schedule(plan, graph, tensors, len(files))
     if order.late and checkpoint.elsewhere:
         names = [order.parameters[index].name for index in order.late]
@@ -72,12 +89,14 @@ def prepare(
         "plan": hashlib.sha256(repr((astuple(plan), order.pieces)).encode()).hexdigest(),
     }
     maker = Maker(graph, tensors, files) if graph is not None else None
-    return Job(checkpoint, plan, order, maker, whole, identity)
+    return Job(checkpoint, plan, order, maker, whole, identity, known)
 
 
-def as_begun(checkpoint: Checkpoint, before: Entry) -> tuple[Checkpoint, dict[str, SourceTensor]]:
-    """A folder's checkpoint with the weight files that an interrupted run has consumed, and the
-    tensors that were in all of them."""
+def as_begun(
+    checkpoint: Checkpoint, before: Entry
+) -> tuple[Checkpoint, dict[str, SourceTensor], dict[str, bytes]]:
+    """A folder's checkpoint with the weight files that an interrupted run has consumed, the
+    tensors that were in all of them, and those that the plan had to read."""
     files: list[SourceFile] = []
     for name, size_bytes, version in before["files"]:
         path = checkpoint.folder / name
@@ -86,7 +105,8 @@ def as_begun(checkpoint: Checkpoint, before: Entry) -> tuple[Checkpoint, dict[st
         name: SourceTensor(file, TensorInfo(dtype, tuple(shape), begin, end))
         for name, (file, dtype, shape, begin, end) in before["tensors"].items()
     }
-    return replace(checkpoint, elsewhere=tuple(files)), tensors
+    stated = {name: bytes.fromhex(content) for name, content in before["stated"].items()}
+    return replace(checkpoint, elsewhere=tuple(files)), tensors, stated
 
 
 def goes_on(job: Job, folder: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from flashmoe.checkpoint.headers import TensorInfo
 from flashmoe.checkpoint.source import Checkpoint
 from flashmoe.checkpoint.weights import Weights, adapting
 from flashmoe.errors import SourceError
+from flashmoe.repacking.formats.contract import Presentation
+from flashmoe.repacking.formats.select import present
 from flashmoe.repacking.graph import Graph, trace
 
 
@@ -32,22 +34,30 @@ class Loaded:
 
 
 def load_lazily(
-    checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], *, outlined: bool
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], bytes],
+    *,
+    outlined: bool,
 ) -> Loaded:
-    """The checkpoint's mlx-lm model, nothing evaluated.
+    """The checkpoint's mlx-lm model, nothing evaluated, its tensors as their format presents them.
+    `read` gives the bytes of a tensor, which some formats state shapes in.
 
     `outlined` loads a file that has `tensors` as its header and no data instead of the
     checkpoint's own, which need not be there then; nothing must be evaluated of that.
-    Raises SourceError when the config or the tensors are not what the family expects.
+    Raises SourceError when the format is not known, or when the config or the tensors are not
+    what the family expects.
     """
-    _, config = build_model(read_config(checkpoint.folder))
-    packing = config.get("quantization_config") or {}
-    if config.get("quantize_activations") or packing.get("quant_method") == "bitnet":
+    stated = read_config(checkpoint.folder)
+    presentation = present(checkpoint.folder, checkpoint.where, stated, tensors, read)
+    _, config = build_model(stated)
+    config.update(presentation.config)
+    if config.get("quantize_activations"):
         raise SourceError(
             f"{checkpoint.repo} quantizes activations, which streamed experts do not support"
         )
     model_class, args_class = model_classes(config)
-    traced = _Traced(adapting(model_class))
+    traced = _Traced(adapting(model_class), presentation)
     with tempfile.TemporaryDirectory(prefix="flashmoe-") as scratch:
         folder = checkpoint.folder
         if outlined:
@@ -74,15 +84,16 @@ def load_lazily(
 
 
 class _Traced:
-    """A model class whose `sanitize` leaves its graph here."""
+    """A model class whose `sanitize` is given what a format presents, and leaves its graph here."""
 
-    def __init__(self, model_class: type[nn.Module]) -> None:
+    def __init__(self, model_class: type[nn.Module], presentation: Presentation) -> None:
         self.graph: Graph | None = None
 
         def sanitize(model: nn.Module, weights: Weights) -> Weights:
             inherited: Any = super(self.model_class, model)
-            self.graph = trace(inherited.sanitize, weights)
-            result: Weights = inherited.sanitize(weights)
+            presented = presentation.of(weights)
+            self.graph = trace(inherited.sanitize, presented, presentation.stand_ins)
+            result: Weights = inherited.sanitize(presented)
             return result
 
         self.model_class = type(model_class.__name__, (model_class,), {"sanitize": sanitize})

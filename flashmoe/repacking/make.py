@@ -14,11 +14,13 @@ from flashmoe.dtypes import MLX_DTYPES, array_bytes
 from flashmoe.errors import SourceError
 from flashmoe.repacking.graph import Graph
 from flashmoe.repacking.quantize import pack
-from flashmoe.repacking.rows import Step, rows
+from flashmoe.repacking.rows import rows
 from flashmoe.repacking.schedule import Parameter, Piece, span_of
+from flashmoe.repacking.step import Step
 
 # Of what is asked for out of turn (scales of what comes by), this much is remembered.
 REMEMBERED_BYTES = 32 * 2**20
+WINDOW_BYTES = 64 * 2**10
 
 
 class Maker:
@@ -49,7 +51,7 @@ class Maker:
         if step.is_plain and parameter.packing is None and self._keeps_dtype(parameter):
             return [read(next(step.leaves()))]
         try:
-            result = step.evaluate(lambda leaf: self._array(leaf, read(leaf)))
+            result = step.evaluate(lambda leaf: self._array(leaf, read(leaf)), checked=True)
             if parameter.packing is not None:
                 parts = list(pack(result, parameter.packing).values())
             else:
@@ -71,14 +73,19 @@ class Maker:
         return flat.view(dtype).reshape(shape)
 
     def _fetch(self, file: int, first: int, last: int) -> memoryview:
-        key = (file, first, last)
-        found = self._remembered.get(key)
-        if found is not None:
-            self._remembered.move_to_end(key)
-            return found
-        content = np.empty(last - first, np.uint8).data
-        self._files[file].read_into(first, content)
-        self._remembered[key] = content
-        while sum(map(len, self._remembered.values())) > REMEMBERED_BYTES:
-            self._remembered.popitem(last=False)
-        return content
+        """Bytes of a source file, with what lies around them if they are few: where one is
+        needed out of turn, its neighbours soon are, and a Hub answers in milliseconds."""
+        begin, end = first, last
+        if last - first < WINDOW_BYTES:
+            begin -= begin % WINDOW_BYTES
+            end = min(end + -end % WINDOW_BYTES, self._files[file].size_bytes)
+        content = self._remembered.get((file, begin, end))
+        if content is not None:
+            self._remembered.move_to_end((file, begin, end))
+        else:
+            content = np.empty(end - begin, np.uint8).data
+            self._files[file].read_into(begin, content)
+            self._remembered[file, begin, end] = content
+            while sum(map(len, self._remembered.values())) > REMEMBERED_BYTES:
+                self._remembered.popitem(last=False)
+        return content[first - begin : last - begin]

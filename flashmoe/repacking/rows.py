@@ -9,15 +9,14 @@ and no others. An operation that mixes rows asks for all of its input.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from flashmoe.repacking.graph import Graph, Operation
-
-Apply = Callable[..., mx.array]
+from flashmoe.repacking.step import Apply, Step
 
 UNARY: dict[str, Apply] = {"Negative": mx.negative, "Exp": mx.exp}
 BINARY: dict[str, Apply] = {
@@ -35,48 +34,15 @@ class UnknownOperation(Exception):
     """An operation that cannot be taken apart by rows; its text is the operation's name."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Rows `begin` to `end` of a source tensor `leaf`, or what `apply` makes of `inputs`.
-
-    `moves` says that the result has the very bytes of its one input, in their order.
-    """
-
-    leaf: str = ""
-    begin: int = 0
-    end: int = 0
-    apply: Apply | None = None
-    inputs: tuple[Step, ...] = ()
-    moves: bool = True
-
-    def leaves(self) -> Iterator[Step]:
-        """The source's rows that this needs."""
-        if self.leaf:
-            yield self
-        for step in self.inputs:
-            yield from step.leaves()
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the result is a range of a source file, byte for byte."""
-        if self.leaf:
-            return True
-        return self.moves and len(self.inputs) == 1 and self.inputs[0].is_plain
-
-    def evaluate(self, read: Callable[[Step], mx.array]) -> mx.array:
-        """The result; `read` gives the rows of a leaf."""
-        if self.apply is None:
-            return read(self)
-        return self.apply(*(step.evaluate(read) for step in self.inputs))
-
-
 def rows(graph: Graph, value: str, begin: int, end: int) -> Step:
     """Rows `begin` to `end` of a value of the graph.
 
     Raises UnknownOperation when they depend on an operation that this does not know.
     """
     if value in graph.leaves:
-        return Step(graph.leaves[value], begin, end)
+        name = graph.leaves[value]
+        stand_in = graph.stand_ins.get(name)
+        return stand_in.rows(begin, end) if stand_in else Step(name, begin, end)
     if value in graph.constants:
         constant = graph.constants[value]
         part = constant[begin:end] if constant.ndim else constant

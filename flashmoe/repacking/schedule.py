@@ -17,7 +17,8 @@ from flashmoe.repacking.graph import Graph
 from flashmoe.repacking.plan import RepackPlan
 from flashmoe.repacking.quantize import PACKED
 from flashmoe.repacking.recipe import Setting
-from flashmoe.repacking.rows import Step, UnknownOperation, rows
+from flashmoe.repacking.rows import UnknownOperation, rows
+from flashmoe.repacking.step import Step
 from flashmoe.store.layout import safetensors_header
 
 # Source bytes of a piece, unless a single row has more.

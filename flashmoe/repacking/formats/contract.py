@@ -1,0 +1,107 @@
+"""What a format of packed weights tells the rest of a repack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from flashmoe.checkpoint.headers import TensorInfo
+from flashmoe.repacking.step import Step
+
+Weights = dict[str, mx.array]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A checkpoint as a format sees it: `settings` is its `quantization_config`, `config` all of
+    config.json, `tensors` every tensor of its files by name. `where` is what errors call it.
+    `read` gives the bytes of a tensor, for the few that say what others are: each may be a
+    request of the Hub."""
+
+    where: str
+    settings: Mapping[str, Any]
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    read: Callable[[str], bytes]
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A tensor that mlx-lm sees in place of some of the source's.
+
+    `dtype` is a safetensors name. `rows(begin, end)` makes rows `begin` to `end` of the first
+    axis, `[end - begin, *shape[1:]]` of that dtype, out of rows of the source's tensors by MLX
+    operations that nothing evaluates. Where one looks at values, those may be the zeros of an
+    outline. A row's bits must not depend on which rows are asked for with it. Dtypes that MLX
+    lacks arrive as uint8.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    rows: Callable[[int, int], Step]
+
+    def whole(self) -> Step:
+        return self.rows(0, self.shape[0] if self.shape else 1)
+
+
+@dataclass(frozen=True)
+class Presentation:
+    """What mlx-lm is to see of a packed checkpoint.
+
+    `stand_ins` by the names that the family's `sanitize` expects, `hidden` tensors not at all,
+    and `config` over config.json: `quantization` with `bits` and `group_size` where stand-ins are
+    packed weights, scales and biases as MLX has them, nothing where they are floats.
+    """
+
+    stand_ins: Mapping[str, StandIn] = field(default_factory=dict)
+    hidden: frozenset[str] = frozenset()
+    config: Mapping[str, Any] = field(default_factory=lambda: {"quantization_config": None})
+
+    def of(self, weights: Weights) -> Weights:
+        """The weights that mlx-lm sees, of the source's; nothing is evaluated."""
+
+        def read(leaf: Step) -> mx.array:
+            array = weights[leaf.leaf]
+            return array[leaf.begin : leaf.end] if array.ndim else array
+
+        seen = {name: array for name, array in weights.items() if name not in self.hidden}
+        made = {name: s.whole().evaluate(read) for name, s in self.stand_ins.items()}
+        return {**seen, **made}
+
+
+# For what mlx-lm reads itself.
+AS_IT_IS = Presentation(config={})
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way of packing weights.
+
+    `methods` are values of `quant_method` in config.json, `endings` those of the names of tensors
+    that only this format has, for a config that says nothing. `words` is what people call it.
+    `present` raises SourceError for a variant that it does not read.
+    """
+
+    words: str
+    methods: tuple[str, ...]
+    present: Callable[[Packed], Presentation]
+    endings: tuple[str, ...] = ()
+
+
+def all_rows(name: str, info: TensorInfo) -> Step:
+    """The whole of a source tensor."""
+    return Step(name, 0, info.shape[0] if info.shape else 1)
+
+
+def float_dtype(packed: Packed) -> str:
+    """The safetensors dtype that a checkpoint's weights had before they were packed, as its
+    config says; BF16 where it does not."""
+    names = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+    for level in (packed.config, packed.config.get("text_config") or {}):
+        for key in ("dtype", "torch_dtype"):
+            if level.get(key) in names:
+                return names[level[key]]
+    return "BF16"
