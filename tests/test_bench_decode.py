@@ -22,7 +22,7 @@ from flashmoe.bench.cgroup import CgroupError
 from flashmoe.bench.decode import Asked, DecodePoint, DecodeReport, bench_decode, point_of
 from flashmoe.bench.figures import PassFigures
 from flashmoe.bench.ladder import STEPS, LadderReport, Rung, bench_ladder
-from flashmoe.bench.point import Point, PointRun, run_point
+from flashmoe.bench.point import Point, PointRun, run_in_child, run_point
 from flashmoe.bench.prompts import PROMPTS
 from flashmoe.bench.records import RecordFiles
 from flashmoe.bench.rivals import PlainThreads, Rival
@@ -241,7 +241,7 @@ def point(folder: Path, **changes: Any) -> Point:
 
 
 def run(asked: Point, cgroup_bytes: int | None = None) -> PointRun:
-    return child.run_in_child(asked, cgroup_bytes=cgroup_bytes, progress=lambda share: None)
+    return run_in_child(asked, cgroup_bytes=cgroup_bytes, progress=lambda share: None)
 
 
 def test_what_a_child_says(demo_store: Path) -> None:
@@ -263,6 +263,9 @@ def test_a_child_that_dies(demo_store: Path, monkeypatch: pytest.MonkeyPatch) ->
         run(asked)
     monkeypatch.setattr(child.subprocess, "Popen", deadly("raise SystemExit(7)"))
     with pytest.raises(FlashMoEError, match="ended with code 7"):
+        run(asked)
+    monkeypatch.setattr(child.subprocess, "Popen", deadly("raise MemoryError('too much')"))
+    with pytest.raises(FlashMoEError, match="ended with MemoryError: too much"):
         run(asked)
 
 
@@ -295,14 +298,18 @@ def test_an_interrupt_ends_the_child_too(demo_store: Path, home: Path) -> None:
 
 
 def test_messages_are_lines_of_json(demo_store: Path) -> None:
-    asked = {"entrance": None, "point": vars(point(demo_store))}
+    task = {
+        "entrance": None,
+        "function": ["flashmoe.bench.point", "run_point_as_json"],
+        "argument": vars(point(demo_store)),
+    }
     done = subprocess.run(
         [sys.executable, "-m", "flashmoe.bench.child"],
-        input=json.dumps(asked),
+        input=json.dumps(task),
         capture_output=True,
         text=True,
         check=True,
     )
     messages = [json.loads(line) for line in done.stdout.splitlines()]
     assert [set(message) for message in messages[:-1]] == [{"share"}] * (len(messages) - 1)
-    assert set(messages[-1]) == {"run"}
+    assert set(messages[-1]) == {"result"}

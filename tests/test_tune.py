@@ -14,12 +14,12 @@ import pytest
 from commands import FLASHMOE, Run, assert_one_line
 
 from flashmoe.bench import tune_model, tune_reads
-from flashmoe.bench.decode_run import RunFailed, decode_run
+from flashmoe.bench.decode_run import decode_run
 from flashmoe.bench.records import ordered_batches, record_files
 from flashmoe.bench.tune import tune
 from flashmoe.bench.tune_model import SEGMENTS, segment_rates
 from flashmoe.bench.tune_reads import decode_pattern, settings_for, sweep_pattern
-from flashmoe.errors import OptionError, StoreError
+from flashmoe.errors import FlashMoEError, OptionError, StoreError
 from flashmoe.io.files import uncached_problem
 from flashmoe.io.select import ReadSettings
 from flashmoe.locate import cache_folder
@@ -134,7 +134,7 @@ class TestRuns:
         assert ticks
 
     def test_what_the_model_refuses(self, demo_store):
-        with pytest.raises(RunFailed, match="not enough"):
+        with pytest.raises(FlashMoEError, match="not enough"):
             decode_run(
                 demo_store,
                 "1MB",
@@ -147,7 +147,7 @@ class TestRuns:
 
     def test_a_process_that_takes_too_long_is_ended(self, demo_store):
         started = time.perf_counter()
-        with pytest.raises(RunFailed, match="not loaded and run within 0 seconds"):
+        with pytest.raises(FlashMoEError, match="did not end in the time"):
             decode_run(
                 demo_store,
                 None,
@@ -244,7 +244,7 @@ class TestModel:
 
     def test_a_model_that_does_not_run(self, model_tuning):
         def fail(*_, **__):
-            raise RunFailed("too slow")
+            raise FlashMoEError("too slow")
 
         found = model_tuning(fail)
         assert (found.choice.bank, found.tokens_per_second, found.rows) == (None, None, ())

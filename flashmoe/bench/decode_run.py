@@ -1,14 +1,7 @@
-"""One model decoding for a while, in a process of its own that can be ended at any time.
-
-The child reads what to do from a JSON file and writes what it found into another.
-"""
+"""One model decoding for a while, in a process of its own."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,20 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe import machine
+from flashmoe.bench.child import Share, run_apart
 from flashmoe.bench.prompts import QUESTIONS
 from flashmoe.engine import FlashMoEModel
 from flashmoe.errors import FlashMoEError
 from flashmoe.options import Options
 from flashmoe.tuning import Choice, parse_choice
 
-# Between two looks at the child.
-SLICE_SECONDS = 0.1
 # So many tokens tell something; they may take this many times the seconds that were meant.
 LEAST_TOKENS = 12
 PATIENCE = 3
 # A prompt's answer; then comes the next prompt, after the last one the first again.
 ANSWER_TOKENS = 64
-CHILD = "import sys; from flashmoe.bench.decode_run import child; child(*sys.argv[1:])"
 
 
 @dataclass(frozen=True)
@@ -51,10 +42,6 @@ class DecodeRun:
     peak_memory_bytes: int
 
 
-class RunFailed(FlashMoEError):
-    """A run gave no figures."""
-
-
 def decode_run(
     store: Path,
     memory: str | int | None,
@@ -69,65 +56,22 @@ def decode_run(
     `seconds` or LEAST_TOKENS, whichever is longer; for PATIENCE times `seconds` at most.
 
     `tick` is called again and again meanwhile. The same `tokens` are the same work whatever
-    `choice` says. Raises RunFailed with the reason, also when the process has not ended within
-    `limit_seconds`.
+    `choice` says. Raises what `run_apart` raises.
     """
-    with tempfile.TemporaryDirectory(prefix="flashmoe-") as folder:
-        task, answer = Path(folder, "task.json"), Path(folder, "answer.json")
-        what = {
-            "store": str(store.resolve()),
-            "memory": memory,
-            "choice": asdict(choice),
-            "tokens": tokens,
-            "seconds": seconds,
-        }
-        task.write_text(json.dumps(what))
-        _run([sys.executable, "-c", CHILD, str(task), str(answer)], limit_seconds, tick)
-        found = json.loads(answer.read_text())
-    if "error" in found:
-        raise RunFailed(found["error"])
+    task = {
+        "store": str(store.resolve()),
+        "memory": memory,
+        "choice": asdict(choice),
+        "tokens": tokens,
+        "seconds": seconds,
+    }
+    found = run_apart(decode_as_json, task, limit_seconds=limit_seconds, tick=tick)
     return DecodeRun(**{**found, "token_seconds": tuple(found["token_seconds"])})
 
 
-def _run(command: list[str], limit_seconds: float, tick: Callable[[], None]) -> None:
-    ends = time.monotonic() + limit_seconds
-    # A session of its own: Ctrl-C is for this process, which then ends the child.
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        while True:
-            tick()
-            try:
-                _, said = child.communicate(timeout=SLICE_SECONDS)
-                break
-            except subprocess.TimeoutExpired:
-                if time.monotonic() > ends:
-                    raise RunFailed(
-                        f"the model was not loaded and run within {limit_seconds:.0f} seconds"
-                    ) from None
-    finally:
-        if child.poll() is None:
-            child.kill()
-            child.communicate()
-    if child.returncode:
-        last = said.strip().splitlines()[-1:] or [f"code {child.returncode}"]
-        raise RunFailed(f"the process that ran the model ended with {last[0]}")
-
-
-def child(task: str, answer: str) -> None:
+def decode_as_json(task: dict[str, Any], progress: Share) -> dict[str, Any]:
     """What the new process does."""
-    what = json.loads(Path(task).read_text())
-    try:
-        found: dict[str, Any] = asdict(_decode(what))
-    except FlashMoEError as error:
-        found = {"error": str(error)}
-    Path(answer).write_text(json.dumps(found))
+    return asdict(_decode(task))
 
 
 def _decode(what: dict[str, Any]) -> DecodeRun:
@@ -163,7 +107,9 @@ def _decode(what: dict[str, Any]) -> DecodeRun:
                 if enough():
                     break
             if decoded == len(durations) and number >= len(QUESTIONS):
-                raise RunFailed("the model ends its answers at once: there is nothing to measure")
+                raise FlashMoEError(
+                    "the model ends its answers at once: there is nothing to measure"
+                )
         spent = model.stats() if before is None else model.stats().since(before)
         plan = model.memory_plan
         return DecodeRun(

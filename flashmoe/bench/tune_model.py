@@ -13,11 +13,11 @@ from flashmoe.bench.decode_run import (
     LEAST_TOKENS,
     PATIENCE,
     DecodeRun,
-    RunFailed,
     decode_run,
 )
 from flashmoe.bench.race import is_faster
 from flashmoe.bench.tune_reads import TunedReads
+from flashmoe.errors import FlashMoEError
 from flashmoe.io.plain import plain_rate
 from flashmoe.store.reader import Store
 from flashmoe.tuning import BankChoice, Choice
@@ -122,7 +122,7 @@ class _Runs:
                 limit_seconds=limit,
                 tick=self.tick,
             )
-        except RunFailed as failed:
+        except FlashMoEError as failed:
             self.notes.append(f"{name}: {failed}")
             return None
         self.taken = max(self.taken, self.clock() - started)
