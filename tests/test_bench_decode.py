@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +15,7 @@ import pytest
 from commands import FLASHMOE, Run, assert_one_line
 
 from flashmoe import FlashMoEError, OptionError
-from flashmoe.bench import child, decode, disk, ladder
+from flashmoe.bench import decode, disk, ladder
 from flashmoe.bench.cgroup import CgroupError
 from flashmoe.bench.decode import Asked, DecodePoint, DecodeReport, bench_decode, point_of
 from flashmoe.bench.figures import PassFigures
@@ -251,24 +249,6 @@ def test_what_a_child_says(demo_store: Path) -> None:
         run(point(demo_store, store=str(demo_store / "nothing")))
 
 
-def test_a_child_that_dies(demo_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    popen = subprocess.Popen
-
-    def deadly(code: str) -> Any:
-        return lambda command, **options: popen([sys.executable, "-c", code], **options)
-
-    asked = point(demo_store)
-    monkeypatch.setattr(child.subprocess, "Popen", deadly("import os; os.kill(os.getpid(), 9)"))
-    with pytest.raises(FlashMoEError, match="was killed, as happens without memory"):
-        run(asked)
-    monkeypatch.setattr(child.subprocess, "Popen", deadly("raise SystemExit(7)"))
-    with pytest.raises(FlashMoEError, match="ended with code 7"):
-        run(asked)
-    monkeypatch.setattr(child.subprocess, "Popen", deadly("raise MemoryError('too much')"))
-    with pytest.raises(FlashMoEError, match="ended with MemoryError: too much"):
-        run(asked)
-
-
 def test_no_cgroup(demo_store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("flashmoe.bench.cgroup.V1", tmp_path / "v1")
     monkeypatch.setattr("flashmoe.bench.cgroup.V2", tmp_path / "v2")
@@ -295,21 +275,3 @@ def test_an_interrupt_ends_the_child_too(demo_store: Path, home: Path) -> None:
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "flashmoe: interrupted\n")
     assert children and not any(found.is_running() for found in children)
-
-
-def test_messages_are_lines_of_json(demo_store: Path) -> None:
-    task = {
-        "entrance": None,
-        "function": ["flashmoe.bench.point", "run_point_as_json"],
-        "argument": vars(point(demo_store)),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "flashmoe.bench.child"],
-        input=json.dumps(task),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    messages = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [set(message) for message in messages[:-1]] == [{"share"}] * (len(messages) - 1)
-    assert set(messages[-1]) == {"result"}
