@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import psutil
 import pytest
 from commands import FLASHMOE, Run, assert_one_line
 
-from flashmoe import FlashMoEError, OptionError
-from flashmoe.bench import decode, disk, ladder
+from flashmoe import FlashMoEError, OptionError, engine
+from flashmoe.bench import decode, disk, ladder, tune_reads
 from flashmoe.bench.cgroup import CgroupError
 from flashmoe.bench.decode import Asked, DecodePoint, DecodeReport, bench_decode, point_of
 from flashmoe.bench.figures import PassFigures
@@ -24,10 +24,10 @@ from flashmoe.bench.point import Point, PointRun, run_in_child, run_point
 from flashmoe.bench.prompts import PROMPTS
 from flashmoe.bench.records import RecordFiles
 from flashmoe.bench.rivals import PlainThreads, Rival
-from flashmoe.locate import cache_folder
+from flashmoe.io.pieces import Depth
+from flashmoe.io.select import ReadSettings, open_reader
 from flashmoe.options import Options
 from flashmoe.store.reader import open_store
-from flashmoe.tuning import Choice, Tuning, TuningFile
 
 BRIEF = Asked(prompts=PROMPTS[:2], max_tokens=3)
 
@@ -128,18 +128,35 @@ def test_ladder(demo_store: Path, home: Path, here: list[Point]) -> None:
     assert any("tuned" in note for note in report.notes)
 
 
-def test_the_ladder_ends_with_what_tune_stored(
-    demo_store: Path, home: Path, here: list[Point]
+def test_the_ladder_ends_with_what_tune_measured(
+    run_cli: Run, demo_store: Path, here: list[Point], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = open_store(demo_store)
-    tuning = Tuning(Choice(), 1e9, None, "2026-01-01T00:00:00+00:00")
-    TuningFile(cache_folder(), store).write(tuning)
-    report = bench_ladder(demo_store, Options(cache="5MB"), BRIEF)
-    assert [rung.name for rung in report.rungs] == [step.name for step in STEPS]
-    assert [rung.tuned for rung in report.rungs] == [False] * 5 + [True]
-    assert [point.options["tuned"] for point in here] == [False] * 5 + [True]
+    three = ReadSettings("pread", Depth(threads=3))
+    monkeypatch.setattr(tune_reads, "settings_for", lambda *_: [three])
+    tuned = run_cli("tune", demo_store, "--seconds", 2, "--json").json()["tuning"]["choice"]
+    assert tuned["cached"]["decode"] == asdict(three)
+    opened = []
+
+    def note(settings: ReadSettings, *, page_cache: bool) -> Any:
+        opened.append(settings)
+        return open_reader(settings, page_cache=page_cache)
+
+    monkeypatch.setattr(engine, "open_reader", note)
+    report = run_cli(
+        "bench", "decode", demo_store, "--ladder", "--cache", "5MB", "--max-tokens", 3, "--json"
+    ).json()
+    assert [rung["name"] for rung in report["rungs"]] == [step.name for step in STEPS]
+    assert [rung["tuned"] for rung in report["rungs"]] == [False] * 5 + [True]
+    assert opened == [ReadSettings()] * 5 + [three]
     assert here[-1].options["forecast"] is None
-    assert not any("tuned" in note for note in report.notes)
+    assert not any("tuned" in note for note in report["notes"])
+    # What the model is not to take is no rung.
+    monkeypatch.setattr(ladder, "STEPS", STEPS[4:])
+    report = run_cli(
+        "bench", "decode", demo_store, "--ladder", "--cache", "5MB", "--max-tokens", 2, "--json",
+        "--no-tuned",
+    ).json()  # fmt: skip
+    assert [rung["name"] for rung in report["rungs"]] == ["forecast"]
 
 
 def test_rungs_that_disagree(
