@@ -7,7 +7,7 @@ further down.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from flashmoe.errors import FlashMoEError
 from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
 from flashmoe.io.reader import ReadCounters, Reader
-from flashmoe.io.select import choose_page_cache, open_reader, resolve_reader
+from flashmoe.io.select import open_reader, resolve_reader
 from flashmoe.kernels.select import resolve_kernel, select_kernel, select_prompt_kernel
 from flashmoe.locate import cache_folder, lock_folder, open_model
 from flashmoe.model.load import (
@@ -40,23 +40,20 @@ from flashmoe.model.load import (
 )
 from flashmoe.model.memory import (
     Needs,
-    choose_bank,
     choose_context,
     choose_widening,
     govern,
     plan_model,
-    shrink_bank,
 )
 from flashmoe.model.route_bias import find_steerable, prefer_resident
 from flashmoe.model.routers import find_forecasters
 from flashmoe.model.scores import ScoresProbe
-from flashmoe.model.wanted import wanted_forecast, wanted_page_cache, wanted_reads
+from flashmoe.model.wanted import Running, choose_running, find_choice
 from flashmoe.options import Options
 from flashmoe.repacking.execute import Progress
 from flashmoe.repacking.recipe import Recipe
 from flashmoe.store.claim import claim
 from flashmoe.store.reader import Store
-from flashmoe.streaming import budget
 from flashmoe.streaming.governor import Governor
 from flashmoe.streaming.parts import ALL_PARTS, Parts
 from flashmoe.streaming.remembered import RememberedBanks
@@ -139,24 +136,18 @@ class FlashMoEModel:
             and not (native_attention and widen and scores.are_never_held(probed.caches)),
         )
         plan = plan_model(needs, options)
-        self.choice = _find_choice(options, store)
-        chosen = choose_bank(options, self.choice, plan)
-        if chosen is not None and options.cache is None:
-            plan = shrink_bank(needs, plan, chosen.bank_share)
-        self.memory_plan = plan
-        records = store.file(store.manifest.layers[0].layout.file)
-        self.page_cache = choose_page_cache(
-            wanted_page_cache(options, chosen, records),
-            options.reader,
-            records,
-            file_bytes=store.manifest.streamed_bytes,
-            free_bytes=machine.usable_memory_bytes() - (plan.planned_bytes - plan.process_bytes),
+        self.choice = find_choice(options, TuningFile(cache_folder(), store))
+        self._choose = partial(
+            choose_running,
+            options,
+            needs=needs,
+            plan=plan,
+            parts=parts,
+            path=store.file(store.manifest.layers[0].layout.file),
+            usable_bytes=machine.usable_memory_bytes(),
         )
-        reads = wanted_reads(options, self.choice, self.page_cache)
-        self.reader = resolve_reader(reads.decode.reader)
-        # After the page cache was decided on, so that all else is as it is with a bank.
-        if not parts.bank:
-            self.memory_plan = budget.least_bank(self.memory_plan, store.manifest)
+        running = self._choose(self.choice)
+        self.memory_plan = running.plan
         mx.set_cache_limit(self.memory_plan.reuse_bytes)
         load_resident(skeleton, store, widen)
         self._stats = Stats()
@@ -166,12 +157,8 @@ class FlashMoEModel:
                 use_native_attention(skeleton, self._stats.clock)
         self.store = store
         self.tokenizer = tokenizer
-        self._reader = open_reader(reads.decode, page_cache=self.page_cache)
-        self._sweep_reader = self._reader
-        if resolve_reader(reads.sweep.reader) != self.reader:
-            self._sweep_reader = open_reader(reads.sweep, page_cache=self.page_cache)
-        elif reads.sweep.depth != reads.decode.depth:
-            self._sweep_reader = self._reader.lane(reads.sweep.depth)
+        self._open_readers(running)
+        assert self._reader is not None
         self._streaming = stream_experts(
             skeleton,
             store,
@@ -193,10 +180,10 @@ class FlashMoEModel:
                 plan,
                 self._streaming,
                 found_bytes=found_bytes,
-                most_bytes=None if chosen is None or chosen.bank_share == 1 else plan.bank_bytes,
+                most_bytes=running.most_bank_bytes,
             )
         # Finding routers takes up to a second: not where nothing could be read ahead.
-        if wanted_forecast(options, chosen) and self._streaming.reads_ahead:
+        if running.forecast and self._streaming.reads_ahead:
             self._streaming.foresee(find_forecasters(skeleton, config))
         # Forecasters go on with the routers as they are.
         if steerable:
@@ -311,11 +298,32 @@ class FlashMoEModel:
 
     @property
     def read_counters(self) -> ReadCounters:
-        """What the reader has read, and how long it was busy; raises FlashMoEError after
-        `close`."""
+        """What the present reader has read, and how long it was busy; raises FlashMoEError
+        after `close`."""
         self._running()
         assert self._reader is not None
         return self._reader.counters
+
+    def retune(self, choice: Choice) -> None:
+        """Run on with what another choice says about reading, the page cache, the bank and the
+        forecast, as far as options left that open. Not while the model answers.
+
+        No result changes. What was learnt stays, and a forecast that was off when the model was
+        loaded stays off. Raises FlashMoEError after `close`, ReadError.
+        """
+        streaming = self._running()
+        running = self._choose(choice)
+        before = (self._reader, self._sweep_reader)
+        self._open_readers(running)
+        assert self._reader is not None and self._sweep_reader is not None
+        streaming.read_with(self._reader, self._sweep_reader)
+        _close(before)
+        if running.plan.slots != self.memory_plan.slots:
+            if self._governor is not None:
+                self._governor.keep_below(running.most_bank_bytes)
+            streaming.resize(running.plan.slots)
+        streaming.switch_forecast(on=running.forecast)
+        self.choice, self.memory_plan = choice, running.plan
 
     def observe_routing(self, observer: Callable[[int, npt.NDArray[Any]], None] | None) -> None:
         """Have `observer(layer, experts)` called for every call of an MoE layer, None for nobody.
@@ -340,15 +348,22 @@ class FlashMoEModel:
             self._streaming.stop_reading_ahead()
             if self._remembered is not None and self._stats.bytes_demanded:
                 self._remembered.write([bank.by_value() for bank in self._streaming.banks])
-        for reader in (self._reader, self._sweep_reader):
-            if reader is not None:
-                reader.close()
+        _close((self._reader, self._sweep_reader))
         if self._streaming is not None:
             self._streaming.close()
         self._reader = self._sweep_reader = None
         self._streaming = None
         self._governor = None
         self._claim.release()
+
+    def _open_readers(self, running: Running) -> None:
+        reads, self.page_cache = running.reads, running.page_cache
+        self.reader = resolve_reader(reads.decode.reader)
+        self._reader = self._sweep_reader = open_reader(reads.decode, page_cache=self.page_cache)
+        if resolve_reader(reads.sweep.reader) != self.reader:
+            self._sweep_reader = open_reader(reads.sweep, page_cache=self.page_cache)
+        elif reads.sweep.depth != reads.decode.depth:
+            self._sweep_reader = self._reader.lane(reads.sweep.depth)
 
     def _running(self) -> StreamingModel:
         if self._streaming is None:
@@ -370,9 +385,7 @@ class FlashMoEModel:
         self.close()
 
 
-def _find_choice(options: Options, store: Store) -> Choice:
-    """What decides what the user left open."""
-    if isinstance(options.tuned, Choice):
-        return options.tuned
-    tuning = TuningFile(cache_folder(), store).read() if options.tuned else None
-    return Choice() if tuning is None else tuning.choice
+def _close(readers: Iterable[Reader | None]) -> None:
+    for reader in readers:
+        if reader is not None:
+            reader.close()

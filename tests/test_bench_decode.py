@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +14,20 @@ import psutil
 import pytest
 from commands import FLASHMOE, Run, assert_one_line
 
-from flashmoe import FlashMoEError, OptionError
-from flashmoe.bench import child, decode, disk, ladder
+from flashmoe import FlashMoEError, OptionError, engine
+from flashmoe.bench import decode, disk, ladder, tune_reads
 from flashmoe.bench.cgroup import CgroupError
 from flashmoe.bench.decode import Asked, DecodePoint, DecodeReport, bench_decode, point_of
 from flashmoe.bench.figures import PassFigures
 from flashmoe.bench.ladder import STEPS, LadderReport, Rung, bench_ladder
-from flashmoe.bench.point import Point, PointRun, run_point
+from flashmoe.bench.point import Point, PointRun, run_in_child, run_point
 from flashmoe.bench.prompts import PROMPTS
 from flashmoe.bench.records import RecordFiles
 from flashmoe.bench.rivals import PlainThreads, Rival
-from flashmoe.locate import cache_folder
+from flashmoe.io.pieces import Depth
+from flashmoe.io.select import ReadSettings, open_reader
 from flashmoe.options import Options
 from flashmoe.store.reader import open_store
-from flashmoe.tuning import Choice, Tuning, TuningFile
 
 BRIEF = Asked(prompts=PROMPTS[:2], max_tokens=3)
 
@@ -130,18 +128,35 @@ def test_ladder(demo_store: Path, home: Path, here: list[Point]) -> None:
     assert any("tuned" in note for note in report.notes)
 
 
-def test_the_ladder_ends_with_what_tune_stored(
-    demo_store: Path, home: Path, here: list[Point]
+def test_the_ladder_ends_with_what_tune_measured(
+    run_cli: Run, demo_store: Path, here: list[Point], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = open_store(demo_store)
-    tuning = Tuning(Choice(), 1e9, None, "2026-01-01T00:00:00+00:00")
-    TuningFile(cache_folder(), store).write(tuning)
-    report = bench_ladder(demo_store, Options(cache="5MB"), BRIEF)
-    assert [rung.name for rung in report.rungs] == [step.name for step in STEPS]
-    assert [rung.tuned for rung in report.rungs] == [False] * 5 + [True]
-    assert [point.options["tuned"] for point in here] == [False] * 5 + [True]
+    three = ReadSettings("pread", Depth(threads=3))
+    monkeypatch.setattr(tune_reads, "settings_for", lambda *_: [three])
+    tuned = run_cli("tune", demo_store, "--seconds", 2, "--json").json()["tuning"]["choice"]
+    assert tuned["cached"]["decode"] == asdict(three)
+    opened = []
+
+    def note(settings: ReadSettings, *, page_cache: bool) -> Any:
+        opened.append(settings)
+        return open_reader(settings, page_cache=page_cache)
+
+    monkeypatch.setattr(engine, "open_reader", note)
+    report = run_cli(
+        "bench", "decode", demo_store, "--ladder", "--cache", "5MB", "--max-tokens", 3, "--json"
+    ).json()
+    assert [rung["name"] for rung in report["rungs"]] == [step.name for step in STEPS]
+    assert [rung["tuned"] for rung in report["rungs"]] == [False] * 5 + [True]
+    assert opened == [ReadSettings()] * 5 + [three]
     assert here[-1].options["forecast"] is None
-    assert not any("tuned" in note for note in report.notes)
+    assert not any("tuned" in note for note in report["notes"])
+    # What the model is not to take is no rung.
+    monkeypatch.setattr(ladder, "STEPS", STEPS[4:])
+    report = run_cli(
+        "bench", "decode", demo_store, "--ladder", "--cache", "5MB", "--max-tokens", 2, "--json",
+        "--no-tuned",
+    ).json()  # fmt: skip
+    assert [rung["name"] for rung in report["rungs"]] == ["forecast"]
 
 
 def test_rungs_that_disagree(
@@ -241,7 +256,7 @@ def point(folder: Path, **changes: Any) -> Point:
 
 
 def run(asked: Point, cgroup_bytes: int | None = None) -> PointRun:
-    return child.run_in_child(asked, cgroup_bytes=cgroup_bytes, progress=lambda share: None)
+    return run_in_child(asked, cgroup_bytes=cgroup_bytes, progress=lambda share: None)
 
 
 def test_what_a_child_says(demo_store: Path) -> None:
@@ -249,21 +264,6 @@ def test_what_a_child_says(demo_store: Path) -> None:
         run(point(demo_store, options={"kernel": "magic"}))
     with pytest.raises(FlashMoEError, match="nothing"):
         run(point(demo_store, store=str(demo_store / "nothing")))
-
-
-def test_a_child_that_dies(demo_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    popen = subprocess.Popen
-
-    def deadly(code: str) -> Any:
-        return lambda command, **options: popen([sys.executable, "-c", code], **options)
-
-    asked = point(demo_store)
-    monkeypatch.setattr(child.subprocess, "Popen", deadly("import os; os.kill(os.getpid(), 9)"))
-    with pytest.raises(FlashMoEError, match="was killed, as happens without memory"):
-        run(asked)
-    monkeypatch.setattr(child.subprocess, "Popen", deadly("raise SystemExit(7)"))
-    with pytest.raises(FlashMoEError, match="ended with code 7"):
-        run(asked)
 
 
 def test_no_cgroup(demo_store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -292,17 +292,3 @@ def test_an_interrupt_ends_the_child_too(demo_store: Path, home: Path) -> None:
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "flashmoe: interrupted\n")
     assert children and not any(found.is_running() for found in children)
-
-
-def test_messages_are_lines_of_json(demo_store: Path) -> None:
-    asked = {"entrance": None, "point": vars(point(demo_store))}
-    done = subprocess.run(
-        [sys.executable, "-m", "flashmoe.bench.child"],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    messages = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [set(message) for message in messages[:-1]] == [{"share"}] * (len(messages) - 1)
-    assert set(messages[-1]) == {"run"}

@@ -7,7 +7,7 @@ import pytest
 from answers import BARN, BARN_ANSWER
 from commands import Run
 
-from flashmoe import FlashMoEModel, engine, locate
+from flashmoe import FlashMoEError, FlashMoEModel, engine, locate
 from flashmoe.bench.records import cached_share, evict
 from flashmoe.io.files import uncached_problem
 from flashmoe.io.mapped import MmapReader
@@ -156,6 +156,39 @@ def test_damage_is_no_matter(home, demo_store):
     file.path.write_text("{")
     with FlashMoEModel.from_pretrained(demo_store, cache="min") as model:
         assert model.choice == Choice()
+
+
+def test_another_choice_while_it_runs(home, demo, demo_store, record_paths):
+    with FlashMoEModel.from_pretrained(demo_store, memory="2GB", tuned=Choice()) as model:
+        whole = model.memory_plan.bank_bytes
+        session = model.session()
+        asked = {"max_new_tokens": 30, "template": False}
+        expected = [piece.token for piece in session.stream(BARN, **asked)]
+        half = with_bank(bank_bytes=whole, bank_share=0.5)
+        found = []
+        for number, piece in enumerate(model.session().stream(BARN, **asked)):
+            found.append(piece.token)
+            if number % 4 == 0:
+                model.retune(half if number % 8 else Choice())
+                model.check_integrity()
+        assert found == expected
+        before = model.read_counters
+        model.retune(half)
+        assert model.choice == half
+        assert not model.page_cache
+        assert whole * 0.4 < model.bank_bytes <= whole * 0.5
+        assert mx.array_equal(logits(model), logits(demo))
+        assert model._reader.counters.bytes + model._sweep_reader.counters.bytes > 0
+        # It does not grow while it runs, until another choice says so.
+        model.generate([5] * 20, 40, template=False)
+        assert model.bank_bytes <= whole * 0.5
+        model.retune(Choice())
+        assert model.bank_bytes == whole
+        assert model.page_cache
+        assert model.read_counters.bytes == 0 < before.bytes
+        assert mx.array_equal(logits(model), logits(demo))
+    with pytest.raises(FlashMoEError, match="closed"):
+        model.retune(half)
 
 
 def test_the_command_line(run_cli: Run, demo_store, opened):

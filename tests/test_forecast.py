@@ -317,6 +317,35 @@ def test_a_trial_keeps_the_faster_way(better: bool) -> None:
     assert set(again[: 2 * first]) == {True, False}
 
 
+def test_a_trial_waits_until_nothing_disturbs() -> None:
+    """Slow tokens that say nothing do not count, nor does a time in which it was switched off."""
+    now, disturbed = 0.0, True
+    trial = Trial(lambda: now, lambda: disturbed)
+    for _ in range(forecast.WINDOW):
+        trial.next_token()
+        assert trial.on
+        now += 100.0
+    disturbed = False
+    ways = []
+    for number in range(3 * forecast.WINDOW):
+        if number == forecast.WINDOW:
+            trial.switch(on=False)
+            for _ in range(forecast.HOLD):
+                trial.next_token()
+                assert not trial.on
+                now += 50.0
+            trial.switch(on=True)
+        trial.next_token()
+        ways.append(trial.on)
+        now += 1.0 if trial.on else 1.5
+    # The first token of either time has none before it to be measured by.
+    assert ways[-4:] == [True] * 4
+    assert trial._times == {
+        True: [1.0] * forecast.WINDOW,
+        False: [1.5] * forecast.WINDOW,
+    }
+
+
 def foresee(model: FlashMoEModel, guesses: Any) -> None:
     """Give every layer but the last a guess at the next one's experts."""
     layers = model._streaming.layers  # type: ignore[union-attr]

@@ -96,7 +96,7 @@ class Runs:
         self._patch.setattr(
             engine, "find_forecasters", lambda *_: [*map(guess, range(N_LAYERS - 1)), None]
         )
-        self._patch.setattr(load, "Trial", lambda: Trial(lambda: time.now))
+        self._patch.setattr(load, "Trial", lambda **options: Trial(lambda: time.now, **options))
         with self._model(forecast=True) as model:
             model.observe_routing(attend)
             stats = self._decode(model)

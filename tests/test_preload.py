@@ -67,6 +67,20 @@ def test_preloads_are_read_behind_forecasts(store: Store) -> None:
     assert priorities == [Priority.PRELOAD] * 2 + [Priority.FORECAST, Priority.DEMAND]
 
 
+def test_another_reader_takes_over(store: Store) -> None:
+    reader = slow(store)
+    bank, stats = make_bank(store, reader, n_slots=8)
+    bank.preload([4, 5])
+    bank.read_ahead([6])
+    reader.waiting[0].begun = reader.waiting[2].begun = True
+    bank.read_with(memory_reader(store))
+    assert [ticket.dropped for ticket in reader.waiting] == [False, True, False]
+    bank.check_integrity()
+    assert_holds(bank, [4, 5, 6])
+    assert stats.bytes_read == 3 * STRIDE
+    assert len(reader.waiting) == 3
+
+
 def test_one_that_has_begun_is_waited_for(store: Store) -> None:
     reader = slow(store)
     bank, stats = make_bank(store, reader, n_slots=6)

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -13,22 +12,17 @@ from itertools import pairwise
 import pytest
 from commands import FLASHMOE, Run, assert_one_line
 
-from flashmoe.bench import tune_model, tune_reads
-from flashmoe.bench.decode_run import RunFailed, decode_run
+from flashmoe.bench import tune_reads
 from flashmoe.bench.records import ordered_batches, record_files
 from flashmoe.bench.tune import tune
-from flashmoe.bench.tune_model import SEGMENTS, segment_rates
+from flashmoe.bench.tune_model import tune_model
 from flashmoe.bench.tune_reads import decode_pattern, settings_for, sweep_pattern
 from flashmoe.errors import OptionError, StoreError
 from flashmoe.io.files import uncached_problem
 from flashmoe.io.select import ReadSettings
 from flashmoe.locate import cache_folder
 from flashmoe.store.reader import open_store
-from flashmoe.tuning import BankChoice, Choice, TuningFile
-
-
-def nothing():
-    pass
+from flashmoe.tuning import TuningFile
 
 
 class TestPatterns:
@@ -115,140 +109,32 @@ class TestReads:
         assert found.rate(True, "decode") == found.rate(True, "sweep") == 2e9
 
 
-class TestRuns:
-    def test_a_run_in_a_process_of_its_own(self, demo_store):
+class TestModel:
+    def test_what_was_measured_comes_back(self, demo_store):
+        store = open_store(demo_store)
         ticks = []
-        choice = Choice(bank=BankChoice(10**7, 1.0, page_cache=True, forecast=False))
-        run = decode_run(
-            demo_store,
+        found = tune_model(
+            store,
+            tune_reads.tune_reads(store, 0.1),
             None,
-            choice,
-            tokens=20,
-            seconds=60.0,
-            limit_seconds=60.0,
+            5.0,
+            free_bytes=10**12,
             tick=lambda: ticks.append(1),
         )
-        assert len(run.token_seconds) == 20
-        assert min(run.token_seconds) > 0
-        assert run.least_bank_bytes <= run.bank_bytes <= run.most_bank_bytes
         assert ticks
-
-    def test_what_the_model_refuses(self, demo_store):
-        with pytest.raises(RunFailed, match="not enough"):
-            decode_run(
-                demo_store,
-                "1MB",
-                Choice(),
-                tokens=5,
-                seconds=1.0,
-                limit_seconds=60.0,
-                tick=nothing,
-            )
-
-    def test_a_process_that_takes_too_long_is_ended(self, demo_store):
-        started = time.perf_counter()
-        with pytest.raises(RunFailed, match="not loaded and run within 0 seconds"):
-            decode_run(
-                demo_store,
-                None,
-                Choice(),
-                tokens=5,
-                seconds=1.0,
-                limit_seconds=0.1,
-                tick=nothing,
-            )
-        assert time.perf_counter() - started < 5
-
-    def test_segments(self):
-        rates = segment_rates((9.0,) * 4 + (0.5,) * 6 + (0.25,) * 6)
-        assert rates == [2.0] * (SEGMENTS // 2) + [4.0] * (SEGMENTS // 2)
-
-
-class FakeRuns:
-    """Runs of a model whose tokens per second a function of the choice gives."""
-
-    def __init__(self, speed, page_cache=False, full=False):
-        self.speed, self.page_cache, self.full = speed, page_cache, full
-        self.choices = []
-
-    def __call__(self, store, memory, choice, *, tokens, seconds, limit_seconds, tick):
-        self.choices.append(choice)
-        bank = choice.bank
-        share = 1.0 if bank is None else bank.bank_share
-        page_cache = self.page_cache if bank is None else bank.page_cache
-        rate = self.speed(share, page_cache, bank is None or bank.forecast)
-        return tune_model.DecodeRun(
-            token_seconds=(1 / rate,) * (tokens or 40),
-            bank_bytes=int((10**7 if self.full else 5 * 10**6) * share),
-            least_bank_bytes=10**6,
-            most_bank_bytes=10**7,
-            page_cache=page_cache,
-            hit_rate=0.5,
-            bytes_read=1,
-            load_seconds=0.1,
-            peak_memory_bytes=1,
-        )
-
-
-@pytest.fixture
-def model_tuning(demo_store, monkeypatch):
-    """`model_tuning(runs)` is what comes of tuning with those runs."""
-    store = open_store(demo_store)
-    reads = tune_reads.tune_reads(store, 0.1)
-    if reads.uncached is None:
-        pytest.skip(f"{demo_store} is on a file system that needs the page cache")
-
-    def tuned(runs, free_bytes=0):
-        monkeypatch.setattr(tune_model, "decode_run", runs)
-        return tune_model.tune_model(store, reads, None, 1000.0, free_bytes=free_bytes)
-
-    return tuned
-
-
-class TestModel:
-    def test_nothing_is_better(self, model_tuning):
-        runs = FakeRuns(lambda share, page_cache, forecast: 10.0)
-        found = model_tuning(runs)
         assert found.choice.bank is None
-        assert found.tokens_per_second == pytest.approx(10)
-        assert [row.is_chosen for row in found.rows] == [True, False, False, False]
-        assert [row.page_cache for row in found.rows] == [False, True, True, False]
-        assert [row.forecast for row in found.rows] == [True, True, True, False]
-        assert any("do not fit into free memory" in note for note in found.notes)
-
-    def test_half_the_bank_is_better(self, model_tuning):
-        runs = FakeRuns(lambda share, page_cache, forecast: 12.0 if share < 1 else 10.0)
-        found = model_tuning(runs)
-        assert found.choice.bank == BankChoice(5 * 10**6, 0.5, page_cache=True, forecast=True)
-        assert found.tokens_per_second == pytest.approx(12)
-        assert found.rows[-1].name == "as by default, again"
-
-    def test_no_forecast_is_better(self, model_tuning):
-        runs = FakeRuns(lambda share, page_cache, forecast: 10.0 if forecast else 11.0)
-        found = model_tuning(runs)
-        assert found.choice.bank == BankChoice(5 * 10**6, 1.0, page_cache=False, forecast=False)
-
-    def test_a_machine_that_became_faster(self, model_tuning):
-        speeds = iter((10.0, 12.0, 12.0, 12.0, 12.0))
-        found = model_tuning(FakeRuns(lambda *_: next(speeds)))
-        assert found.choice.bank is None
-        assert found.tokens_per_second == pytest.approx(10)
-
-    def test_a_bank_of_everything(self, model_tuning):
-        runs = FakeRuns(lambda *_: 10.0, page_cache=True, full=True)
-        found = model_tuning(runs, free_bytes=10**12)
-        assert len(runs.choices) == 1
-        assert found.choice.bank is None
+        [row] = found.rows
+        assert (row.name, row.is_chosen) == ("as by default", True)
+        assert 0 < row.slowest <= row.tokens_per_second == found.tokens_per_second <= row.fastest
         assert any("holds every expert" in note for note in found.notes)
         assert any("page cache held all records" in note for note in found.notes)
 
-    def test_a_model_that_does_not_run(self, model_tuning):
-        def fail(*_, **__):
-            raise RunFailed("too slow")
-
-        found = model_tuning(fail)
+    def test_a_model_that_does_not_run(self, demo_store):
+        store = open_store(demo_store)
+        found = tune_model(store, tune_reads.tune_reads(store, 0.1), "1MB", 8.0, free_bytes=0)
         assert (found.choice.bank, found.tokens_per_second, found.rows) == (None, None, ())
-        assert any("too slow" in note for note in found.notes)
+        assert any("not tuned: 1.00 MB of memory is not" in note for note in found.notes)
+        assert any("do not fit into free memory" in note for note in found.notes)
 
 
 BRIEF = ("--seconds", "2")
@@ -322,23 +208,3 @@ def test_interrupted_nothing_is_kept(home, demo_store):
     assert (process.returncode, out) == (130, "")
     assert "Traceback" not in err
     assert not list(home.rglob("*.json"))
-
-
-def test_interrupted_while_the_model_runs(demo_store):
-    """The process that runs the model ends with the one that started it."""
-    code = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from flashmoe.bench.decode_run import decode_run\n"
-        "from flashmoe.tuning import Choice\n"
-        "def tick():\n"
-        "    raise KeyboardInterrupt\n"
-        "try:\n"
-        "    decode_run(Path(sys.argv[1]), None, Choice(), tokens=None, seconds=60.0,\n"
-        "               limit_seconds=60.0, tick=tick)\n"
-        "except KeyboardInterrupt:\n"
-        "    import psutil\n"
-        "    sys.exit(len(psutil.Process().children(recursive=True)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(demo_store)], timeout=60, check=False)
-    assert done.returncode == 0

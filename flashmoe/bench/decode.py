@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from flashmoe.bench.cache import SHARES, bench_cache
-from flashmoe.bench.child import run_in_child
 from flashmoe.bench.disk import Disk, DiskRate
 from flashmoe.bench.figures import PassFigures, pass_figures
-from flashmoe.bench.point import Point, PointRun
+from flashmoe.bench.point import Point, PointRun, run_in_child
 from flashmoe.bench.prompts import PROMPTS
 from flashmoe.bench.records import cached_share, evict
 from flashmoe.bench.trace_file import read_trace

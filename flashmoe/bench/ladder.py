@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from flashmoe.bench.child import run_in_child
 from flashmoe.bench.decode import (
     COLD,
     Asked,
@@ -18,7 +17,7 @@ from flashmoe.bench.decode import (
 )
 from flashmoe.bench.disk import Disk, DiskRate
 from flashmoe.bench.figures import PassFigures, pass_figures
-from flashmoe.bench.point import PointRun
+from flashmoe.bench.point import PointRun, run_in_child
 from flashmoe.bench.records import evict
 from flashmoe.errors import FlashMoEError, OptionError
 from flashmoe.locate import cache_folder

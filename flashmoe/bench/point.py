@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe import machine
+from flashmoe.bench.child import run_apart
 from flashmoe.bench.trace import record_routing
 from flashmoe.engine import FlashMoEModel
 from flashmoe.errors import FlashMoEError, PromptError
@@ -100,6 +101,17 @@ class PointRun:
 
 
 Progress = Callable[[float], None]
+
+
+def run_in_child(point: Point, *, cgroup_bytes: int | None, progress: Progress) -> PointRun:
+    """`run_point` in a fresh process, in a memory cgroup of that size if there is one; raises
+    what `run_apart` does."""
+    run = run_apart(run_point_as_json, asdict(point), cgroup_bytes=cgroup_bytes, progress=progress)
+    return PointRun(**{**run, "passes": [Pass(**taken) for taken in run["passes"]]})
+
+
+def run_point_as_json(point: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    return asdict(run_point(Point(**point), progress))
 
 
 def run_point(point: Point, progress: Progress = lambda share: None) -> PointRun:

@@ -22,7 +22,7 @@ from flashmoe.units import format_size
 DEFAULT_SECONDS = 50.0
 LEAST_SECONDS, MOST_SECONDS = 1.0, 3600.0
 # Of all the time, what goes to reading alone.
-READ_SHARE = 0.3
+READ_SHARE = 0.25
 # A model whose resident weights take more than this of the time that is left is not loaded.
 LOAD_SHARE = 0.5
 

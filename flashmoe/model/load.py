@@ -56,10 +56,25 @@ class StreamingModel:
 
     def foresee(self, guesses: Sequence[Guess | None]) -> None:
         """Read ahead what the layers' guesses say, where a bank has room for that."""
-        trial = Trial()
+        trial = Trial(disturbed=self._preloads)
         for layer, guess, bank in zip(self.layers, guesses, self.banks[1:], strict=False):
             if guess is not None and layer.reads_apart and bank.reads_ahead:
                 layer.foresight = Foresight(guess, bank, trial)
+
+    def switch_forecast(self, *, on: bool) -> None:
+        """Have layers guess, as far as they were told to and it pays, or not at all."""
+        for layer in self.layers:
+            if layer.foresight is not None:
+                layer.foresight.switch(on=on)
+
+    def read_with(self, reader: Reader, sweep_reader: Reader) -> None:
+        """Read single tokens' records and prompts' with others from now on; none of the former
+        is in use then. Not while the module is called."""
+        for layer in self.layers:
+            layer.read_with(reader, sweep_reader)
+
+    def _preloads(self) -> bool:
+        return any(bank.preloads for bank in self.banks)
 
     def slots(self) -> list[int]:
         """How many slots each layer's bank has."""

@@ -182,6 +182,22 @@ class LayerBank(SlotTable):
         """Go on with what `pause_preload` gave up, where slots are still free."""
         self._begin_preload(self._preload.paused)
 
+    @property
+    def preloads(self) -> bool:
+        """Whether records are being preloaded."""
+        return len(self._preload) > 0
+
+    def read_with(self, reader: Reader) -> None:
+        """Read with another reader from now on, the one of before being at rest. Not while
+        experts are requested."""
+        self._check_open()
+        self.pause_preload(())
+        self._take_in(*self._ahead.finish())
+        self._reader = reader
+        self._ahead = ReadAhead(reader)
+        self._preload.read_with(reader)
+        self.resume_preload()
+
     def by_value(self) -> list[int]:
         """The experts that are in a slot, those that would be evicted last first."""
         self._harvest()

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe.errors import FlashMoEError
+from flashmoe.io.reader import Reader
 from flashmoe.kernels.contract import ExpertForward
 from flashmoe.streaming.bank import LayerBank
 from flashmoe.streaming.forecast import Foresight
@@ -98,6 +99,14 @@ class StreamedExperts(nn.Module):
     def bank(self) -> LayerBank:
         """Where the experts are."""
         return self._bank
+
+    def read_with(self, reader: Reader, sweep_reader: Reader) -> None:
+        """Read with others from now on, those of before being at rest. Not while called."""
+        self._bank.read_with(reader)
+        if self._sweep is not None:
+            self._sweep.reader = sweep_reader
+        if self._whole is not None:
+            self._whole.reader = reader
 
     @property
     def uses(self) -> npt.NDArray[np.int64]:

@@ -60,9 +60,16 @@ class Trial:
     """Whether guessing pays at all: tokens with it and without it take turns, and the faster way
     is kept for a while."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.on = True
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        disturbed: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """While it is `disturbed`, tokens' times say nothing about guessing."""
         self._clock = clock
+        self._disturbed = disturbed
+        self._switched_on = True
+        self._pays = True
         self._last: float | None = None
         self._times: dict[bool, list[float]] = {True: [], False: []}
         self._left = 0
@@ -73,25 +80,40 @@ class Trial:
         claimed, self._claimed = self._claimed, True
         return not claimed
 
+    @property
+    def on(self) -> bool:
+        """Whether to guess for the token that has begun."""
+        return self._switched_on and self._pays
+
+    def switch(self, *, on: bool) -> None:
+        """Never guess, or when it pays; what was learnt stays."""
+        self._switched_on = on
+        self._last = None
+
     def next_token(self) -> None:
-        """Note that a token begins; sets `on` for it."""
+        """Note that a token begins; decides `on` for it."""
+        if not self._switched_on:
+            return
+        if self._disturbed():
+            self._last = None
+            return
         now = self._clock()
         before, self._last = self._last, now
         if self._left:
             self._left -= 1
             if self._left == 0:
                 self._times = {True: [], False: []}
-                self.on = True
+                self._pays = True
             return
         if before is not None:
-            self._times[self.on].append(now - before)
+            self._times[self._pays].append(now - before)
         noted = sum(map(len, self._times.values()))
         if noted < 2 * WINDOW:
             # On, off, off, on: a bank that is filling up favours neither.
-            self.on = noted % 4 in (0, 3)
+            self._pays = noted % 4 in (0, 3)
             return
         medians = {way: statistics.median(times) for way, times in self._times.items()}
-        self.on = medians[True] <= medians[False]
+        self._pays = medians[True] <= medians[False]
         self._left = HOLD
 
 
@@ -105,6 +127,10 @@ class Foresight:
         # The first of a model's layers that guesses sees every token begin.
         self._leads = trial.claim()
         self._width = Width(bank.group)
+
+    def switch(self, *, on: bool) -> None:
+        """As `Trial.switch`, for all of a model's layers."""
+        self._trial.switch(on=on)
 
     def guess(self, x: mx.array) -> mx.array | None:
         """Ids for one token, unevaluated; None when guessing is off, or nothing is left to read."""

@@ -191,6 +191,13 @@ class Governor:
         pairs = zip(self._slots(), self._demands, strict=True)
         return sum(n * demand.slot_bytes for n, demand in pairs)
 
+    def keep_below(self, most_bytes: int | None) -> None:
+        """Let banks have at most so much from now on, None being every expert."""
+        everything = most_bank_bytes(self._demands)
+        self.limits = replace(
+            self.limits, most_bytes=everything if most_bytes is None else most_bytes
+        )
+
     def before_step(self, known: int, new: int, held: Callable[[], int]) -> None:
         """Make room for feeding `new` tokens behind `known` ones, and use what is left over.
 

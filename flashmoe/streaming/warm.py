@@ -43,6 +43,10 @@ class Preload:
         """The experts that `pause` gave up, the most valuable first."""
         return sorted(self._paused, key=self._rank.__getitem__)
 
+    def read_with(self, reader: Reader) -> None:
+        """Read with another reader from now on. Not while records are on their way."""
+        self._reads = ReadAhead(reader, Priority.PRELOAD)
+
     def rank(self, experts: Sequence[int]) -> None:
         """Say which experts may be preloaded, the most valuable first."""
         self._rank = {expert: rank for rank, expert in enumerate(experts)}

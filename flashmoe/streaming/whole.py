@@ -20,7 +20,7 @@ class WholeLayer:
     ) -> None:
         self._path = path
         self._layer = layer
-        self._reader = reader
+        self.reader = reader
         self._stats = stats
         self._bank = bank
         self._memory = SlotMemory(layer.record, 1, 1, widen=False)
@@ -42,10 +42,10 @@ class WholeLayer:
         request = ReadRequest(self._path, offset, self._memory.destination(0, 0))
         try:
             with self._stats.clock.during("reading"):
-                self._reader.submit([request]).wait()
+                self.reader.submit([request]).wait()
         except BaseException:
             # Nobody may go on writing to what the next record is read into.
-            self._reader.drain()
+            self.reader.drain()
             raise
         self._stats.bytes_read += self._layer.record.stride
 
