@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from disk import NO_SPACE, no_space
 from refusals import refused
 
 from flashmoe import StoreError, repack
+from flashmoe.bench.records import cached_share, evict
+from flashmoe.repacking import run
+from flashmoe.repacking.journal import Journal
 from flashmoe.store.layout import Quantization
 from flashmoe.store.reader import is_store
 
@@ -43,3 +47,31 @@ def test_an_existing_store_is_replaced_only_by_force(float_qwen, dest):
         repack(float_qwen, dest, bits=4)
     layout = repack(float_qwen, dest, bits=4, force=True).manifest.layers[0].layout
     assert layout.projections["up_proj"] == Quantization(4, 64)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mincore is asked on Linux only")
+def test_the_page_cache_is_left_to_others(float_qwen, dest):
+    source = list(float_qwen.glob("*.safetensors"))
+    assert evict(source)
+    if cached_share(source):
+        pytest.skip("this file system keeps its files in memory")
+    store = repack(float_qwen, dest)
+    records = [dest / layer.layout.file for layer in store.manifest.layers]
+    # What remains are headers, with what was read ahead of them.
+    assert cached_share(records) < 0.6
+    read = [path.read_bytes() for path in records]
+    assert all(read)
+    assert cached_share(records) == 1.0
+
+
+def test_much_that_was_written_is_noted_at_once(float_qwen, dest, monkeypatch):
+    lines = []
+    add = Journal.add
+    monkeypatch.setattr(Journal, "add", lambda self, entry: lines.append(add(self, entry)))
+    monkeypatch.setattr("flashmoe.repacking.schedule.PIECE_BYTES", 32 * 2**10)
+    monkeypatch.setattr(run, "STEP_SECONDS", 1000.0)
+    repack(float_qwen, dest)
+    few = len(lines)
+    monkeypatch.setattr(run, "STEP_BYTES", 64 * 2**10)
+    repack(float_qwen, dest, force=True)
+    assert len(lines) - few > few

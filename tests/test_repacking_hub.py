@@ -29,7 +29,7 @@ def sharded(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub.files.rmdir()
     save_shards(tmp_path / "whole", hub.files)
     monkeypatch.setattr("flashmoe.repacking.schedule.PIECE_BYTES", 32 * 2**10)
-    monkeypatch.setattr(stream, "BLOCK_BYTES", 32 * 2**10)
+    monkeypatch.setattr(stream, "REQUEST_BYTES", 32 * 2**10)
     monkeypatch.setattr(stream, "PIECE_BYTES", 32 * 2**10)
     monkeypatch.setattr(run, "STEP_SECONDS", 0.0)
     return hub

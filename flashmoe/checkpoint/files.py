@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import re
+from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from flashmoe.checkpoint.headers import TensorInfo, parse_header
 from flashmoe.errors import SourceError
+
+# What any disk's blocks divide, and pages of memory are a multiple of.
+BLOCK_BYTES = 4096
 
 
 class SourceFile(Protocol):
@@ -66,22 +75,67 @@ class LocalFile:
         self.version = self.sha256 or f"{status.st_mtime_ns}"
 
     def read_into(self, offset: int, out: memoryview) -> None:
+        """As SourceFile has it. What is read once need not fill the page cache: whole blocks,
+        at an offset and in memory that are multiples of a block, go past it."""
+        whole_bytes = len(out) - len(out) % BLOCK_BYTES
+        if offset % BLOCK_BYTES or _address(out) % BLOCK_BYTES:
+            whole_bytes = 0
         try:
             # Opened for each read: a model may have more files than a process may open.
             with Path(str(self.path)).open("rb", buffering=0) as file:
                 file.seek(offset)
+                out = out[_read_past_cache(file, out[:whole_bytes]) :]
                 while out:
                     done = file.readinto(out)
                     if not done:
                         raise SourceError(
-                            f"{self.path} ended at {offset} while it was read; is it changing?"
+                            f"{self.path} ended at {file.tell()} while it was read; is it changing?"
                         )
-                    out, offset = out[done:], offset + done
+                    out = out[done:]
         except OSError as error:
             raise SourceError(f"{self.path} cannot be read: {error.strerror}") from error
 
     def stop(self) -> None:
         """Reads of a disk wait for nothing."""
+
+
+def _read_past_cache(file: FileIO, out: memoryview) -> int:
+    """Read whole blocks without their pages staying in memory. Returns how many bytes that gave:
+    fewer at the file's end, none where its file system refuses."""
+    done = 0
+    if not out or not _use_page_cache(file, False):
+        return done
+    try:
+        while done < len(out) and done % BLOCK_BYTES == 0:
+            found = file.readinto(out[done:])
+            if not found:
+                break
+            done += found
+    except OSError as error:
+        # Some take the flag and refuse the read.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    _use_page_cache(file, True)
+    return done
+
+
+def _use_page_cache(file: FileIO, wanted: bool) -> bool:
+    """Whether reads of an open file go through the page cache from now on as wanted."""
+    try:
+        if hasattr(fcntl, "F_NOCACHE"):
+            fcntl.fcntl(file, fcntl.F_NOCACHE, int(not wanted))
+        elif hasattr(os, "O_DIRECT"):
+            flags = fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_DIRECT
+            fcntl.fcntl(file, fcntl.F_SETFL, flags | (0 if wanted else os.O_DIRECT))
+        else:
+            return wanted
+    except OSError:
+        return wanted
+    return True
+
+
+def _address(memory: memoryview) -> int:
+    return int(np.frombuffer(memory, np.uint8).ctypes.data) if memory else 0
 
 
 class ConsumedFile:

@@ -23,6 +23,8 @@ from flashmoe.store.writer import StoreWriter, sha256_file
 
 # Between two lines of the journal; a killed run does again what it did since the last.
 STEP_SECONDS = 3.0
+# A disk that has nothing to write meanwhile would have it all to write in the end.
+STEP_BYTES = 128 * 2**20
 # With less than this free, and more to write, a run stops while it still can note how far it is.
 RESERVE_BYTES = 32 * 2**20
 HASHED_AGAIN_BYTES = 8 * 2**20
@@ -61,6 +63,7 @@ class Run:
         self._touched: set[str] = set()
         self._left = [0] * len(schedule.files)
         self._remaining_bytes = 0
+        self._unnoted_bytes = 0
         self._digest = Sha256()
         self._hashing: Future[None] | None = None
         self._noting: Future[None] | None = None
@@ -221,6 +224,7 @@ class Run:
                 self._hash_stored(sink.file)
             self._advance(len(content))
             self._remaining_bytes -= len(content)
+            self._unnoted_bytes += len(content)
         return bytes(crcs)
 
     def _write_at(self, file: int, offset: int, content: memoryview) -> bytes:
@@ -253,7 +257,8 @@ class Run:
         self.progress.pieces = group.end_piece
         self.progress.position = group.end
         self._whole_crcs = len(self._crcs)
-        if time.monotonic() - self._noted < STEP_SECONDS:
+        waited = time.monotonic() - self._noted
+        if waited < STEP_SECONDS and self._unnoted_bytes < STEP_BYTES:
             return
         free = shutil.disk_usage(self._writer.folder).free
         if free < min(RESERVE_BYTES, self._remaining_bytes):
@@ -315,10 +320,9 @@ class Run:
         if self._noting is not None:
             self._noting.result()
         progress = self.progress
-        for name, future in list(self._storing.items()):
-            if future.done():
-                progress.stored[name] = future.result()
-                del self._storing[name]
+        hashed = [name for name, future in self._storing.items() if future.done()]
+        for name in hashed:
+            progress.stored[name] = self._storing.pop(name).result()
         written, self._touched = self._touched, set()
         names = {
             file.name
@@ -331,6 +335,7 @@ class Run:
         crcs = self._crcs[self._noted_crcs : self._whole_crcs]
         entry = progress.entry(self._noted_crcs // 4, bytes(crcs))
         self._noted_crcs = self._whole_crcs
+        self._unnoted_bytes = 0
         snapshot = progress.copy()
 
         def note() -> None:
@@ -338,6 +343,8 @@ class Run:
                 self._writer.sync(name)
             for name in complete:
                 self._writer.close(name)
+            for name in hashed:
+                self._writer.release(name)
             self._journal.add(entry)
             self._noted = time.monotonic()
             if then is not None:

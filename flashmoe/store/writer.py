@@ -118,6 +118,16 @@ class StoreWriter:
     def close(self, name: str) -> None:
         os.close(self._descriptors.pop(name))
 
+    def release(self, name: str) -> None:
+        """Let a file that is on disk go from the page cache, where it would push out others."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        descriptor = os.open(self.folder / name, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
     def copy(self, path: Path) -> str:
         """Copy a small file to the top of the store; returns its SHA-256.
 
