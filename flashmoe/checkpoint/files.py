@@ -8,6 +8,7 @@ from typing import Protocol
 
 from flashmoe.checkpoint.headers import TensorInfo, parse_header
 from flashmoe.errors import SourceError
+from flashmoe.holes import read_at
 
 
 class SourceFile(Protocol):
@@ -69,9 +70,8 @@ class LocalFile:
         try:
             # Opened for each read: a model may have more files than a process may open.
             with Path(str(self.path)).open("rb", buffering=0) as file:
-                file.seek(offset)
                 while out:
-                    done = file.readinto(out)
+                    done = read_at(file, out, offset)
                     if not done:
                         raise SourceError(
                             f"{self.path} ended at {offset} while it was read; is it changing?"
