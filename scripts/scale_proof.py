@@ -34,7 +34,7 @@ import numpy as np
 from make_synthetic import find_config, write_checkpoint
 from mlx_lm.models.cache import make_prompt_cache
 from source_experts import ExpertSource, NoExperts, SourceExperts, put_in_place
-from sparse_source import as_published, plan_sparse
+from sparse_source import LARGE_SHARES, as_published, plan_sparse
 
 import flashmoe
 from flashmoe import FlashMoEError, FlashMoEModel, machine
@@ -99,7 +99,7 @@ def decode(args: argparse.Namespace) -> Report:
     with FlashMoEModel(store, memory=args.memory, context=context, warm_start=False) as model:
         loaded = time.monotonic()
         vocabulary = len(model.tokenizer)
-        prompt = [(i * 7919) % vocabulary for i in range(args.prompt_tokens)]
+        prompt = [(i * 7919) % (vocabulary // LARGE_SHARES) for i in range(args.prompt_tokens)]
         used: set[tuple[int, int]] = set()
         model.observe_routing(
             lambda layer, experts: used.update((layer, int(e)) for e in np.unique(experts))

@@ -1,6 +1,6 @@
 """A checkpoint of full apparent size that takes a hundredth of it on a disk.
 
-Everything that is resident is random, as in `make_synthetic.py`. Of each expert's matrices only a
+What is resident is random, as in `make_synthetic.py`. Of each expert's matrices only a
 few rows are, a different stretch for each expert and layer; the rest are holes. Repacked, moved or
 read at a wrong place, an expert does not give what it should.
 
@@ -30,6 +30,9 @@ LAST_ROWS = 8
 LAST_GAIN = 256.0
 # Coprime to the numbers of rows that experts have, so that neighbours are far apart.
 ROW_STEP = 37
+# Of resident matrices in bfloat16 that are larger, one of so many shares is filled.
+LARGE_BYTES = 16 * 2**20
+LARGE_SHARES = 8
 # What mlx-lm adds one to.
 CENTRED = re.compile(r"(input_layernorm|post_attention_layernorm|model\.norm|[qk]_norm)\.weight$")
 
@@ -67,6 +70,25 @@ class StampedTensor:
             row = (self.first + ROW_STEP * expert) % (self.every - self.rows + 1)
             for begin in range(expert * n_rows + row, (expert + 1) * n_rows, self.every):
                 yield begin * self._row_bytes, self.fill.piece(rng, 0, size_bytes)
+
+
+@dataclass(frozen=True)
+class FirstRows:
+    """A tensor of which only the first of `shares` equal parts is filled."""
+
+    spec: TensorSpec
+    fill: Fill
+    seed: int
+    shares: int
+
+    @property
+    def written_bytes(self) -> int:
+        return self.spec.nbytes // self.shares
+
+    def pieces(self) -> Iterator[tuple[int, Any]]:
+        n_rows, *rest = self.spec.shape
+        part = replace(self.spec, shape=(n_rows // self.shares, *rest))
+        return SyntheticTensor(part, self.fill, self.seed).pieces()
 
 
 @dataclass(frozen=True)
@@ -123,12 +145,17 @@ def _amplified(tensor: SyntheticTensor) -> Fill:
 
 
 def as_published(plan: CheckpointPlan) -> CheckpointPlan:
-    """A plan of 16 bits with the tensors that Qwen's own checkpoint has, less the vision tower."""
+    """A plan of 16 bits with the tensors that Qwen's own checkpoint has, less the vision tower.
+
+    Of large resident matrices, only a part is kept: of the embeddings, those of the first tokens.
+    """
     tensors: list[PlannedTensor] = []
     for tensor in plan.tensors:
         name, shape = tensor.spec.name, tensor.spec.shape
         if name.endswith("up_proj.weight") and isinstance(tensor, StampedTensor):
             continue
+        if isinstance(tensor, SyntheticTensor) and tensor.spec.nbytes > LARGE_BYTES:
+            tensor = FirstRows(tensor.spec, tensor.fill, tensor.seed, LARGE_SHARES)
         if CENTRED.search(name):
             tensor = replace(tensor, fill=Kept(bytes(tensor.spec.nbytes)))
         if name.endswith(".switch_mlp.gate_proj.weight"):

@@ -73,6 +73,7 @@ def test_the_proof_in_small(
     options = ["--model", str(tmp_path / "config.json"), "--memory", "1GB", "--json"]
     options += ["--published"] if published else []
     monkeypatch.setattr(sys, "argv", ["scale_proof.py", str(folder), *options])
+    monkeypatch.setattr(sparse_source, "LARGE_BYTES", 8192)
     in_a_process = scale_proof.run_stage
 
     def run_stage(name: str, args: argparse.Namespace) -> scale_proof.Report:
