@@ -52,17 +52,12 @@ def _data_from(descriptor: int, offset: int, end: int) -> int:
     try:
         return os.lseek(descriptor, offset, os.SEEK_DATA)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # there is nothing but a hole
-            return end
-        if error.errno == errno.EINVAL:  # the file system does not tell
-            return offset
-        raise
+        # Either there is nothing but a hole, or the file system does not tell.
+        return end if error.errno == errno.ENXIO else offset
 
 
 def _hole_from(descriptor: int, offset: int, end: int) -> int:
     try:
         return min(os.lseek(descriptor, offset, os.SEEK_HOLE), end)
-    except OSError as error:
-        if error.errno in (errno.ENXIO, errno.EINVAL):
-            return end
-        raise
+    except OSError:
+        return end

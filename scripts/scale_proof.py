@@ -171,8 +171,8 @@ STAGES: dict[str, Callable[[argparse.Namespace], Report]] = {
     "plan": plan,
     "repack": repack,
     "inspect": inspect,
-    "verify": verify,
     "decode": decode,
+    "verify": verify,
 }
 
 
