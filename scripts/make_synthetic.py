@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 from mlx_lm.utils import get_total_parameters, quantize_model, save_config
-from synthetic_weights import SyntheticTensor, choose_spreads, plan_tensors
+from synthetic_weights import PlannedTensor, choose_spreads, plan_tensors
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import flashmoe
@@ -102,7 +102,7 @@ class CheckpointPlan:
     """Everything that a checkpoint will hold, but for the random bytes."""
 
     config: Config
-    tensors: tuple[SyntheticTensor, ...]
+    tensors: tuple[PlannedTensor, ...]
     n_parameters: int
     vocabulary: int
 
@@ -110,6 +110,11 @@ class CheckpointPlan:
     def nbytes(self) -> int:
         """Bytes of tensor data."""
         return sum(tensor.spec.nbytes for tensor in self.tensors)
+
+    @property
+    def written_bytes(self) -> int:
+        """Those that are no holes."""
+        return sum(tensor.written_bytes for tensor in self.tensors)
 
 
 def plan_checkpoint(
@@ -124,8 +129,8 @@ def plan_checkpoint(
     """Plan a random quantized checkpoint of a config; reseeds MLX's global generator.
 
     `layers` cuts the model; `bits` and `group_size` default to the mode's own (affine: 4 and
-    64). Floats are bfloat16 where the family lets them be cast. The same arguments give the same
-    bytes.
+    64); with 16 bits nothing is quantized. Floats are bfloat16 where the family lets them be cast.
+    The same arguments give the same bytes.
 
     Raises SourceError for a config that mlx-lm does not run or that has no routed experts,
     OptionError for packing that does not fit it.
@@ -162,7 +167,7 @@ def write_checkpoint(plan: CheckpointPlan, folder: Path, progress: Progress | No
     try:
         folder.mkdir(parents=True)
         try:
-            _check_free_disk(folder, plan.nbytes)
+            _check_free_disk(folder, plan.written_bytes)
             _write_tensors(plan, folder, progress)
             _write_tokenizer(folder, plan.vocabulary)
             save_config(dict(plan.config), folder / "config.json")
@@ -184,6 +189,8 @@ def _quantize(
         return array.astype(mx.bfloat16) if floating and may_cast(name) else array
 
     model.update(tree_map_with_path(cast, model.parameters()))
+    if bits == 16:
+        return model, config
     try:
         # quantize_model prints the bits per weight.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -215,17 +222,22 @@ def _write_tensors(plan: CheckpointPlan, folder: Path, progress: Progress | None
     files: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        header = safetensors_header([tensor.spec for tensor in shard])
+        begin = len(header)
         with (folder / name).open("wb", buffering=0) as file:
-            file.write(safetensors_header([tensor.spec for tensor in shard]))
+            file.write(header)
+            file.truncate(begin + sum(tensor.spec.nbytes for tensor in shard))
             for tensor in shard:
                 files[tensor.spec.name] = name
-                for piece in tensor.pieces():
+                for offset, piece in tensor.pieces():
+                    file.seek(begin + offset)
                     rest = memoryview(piece)
                     while rest:
                         rest = rest[file.write(rest) :]
                     done += len(piece)
                     if progress is not None:
-                        progress(done, plan.nbytes)
+                        progress(done, plan.written_bytes)
+                begin += tensor.spec.nbytes
     index = {
         "metadata": {"total_size": plan.nbytes, "total_parameters": plan.n_parameters},
         "weight_map": dict(sorted(files.items())),
@@ -233,8 +245,8 @@ def _write_tensors(plan: CheckpointPlan, folder: Path, progress: Progress | None
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
 
 
-def _shards(tensors: Sequence[SyntheticTensor]) -> list[list[SyntheticTensor]]:
-    shards: list[list[SyntheticTensor]] = [[]]
+def _shards(tensors: Sequence[PlannedTensor]) -> list[list[PlannedTensor]]:
+    shards: list[list[PlannedTensor]] = [[]]
     size = 0
     for tensor in tensors:
         if shards[-1] and size + tensor.spec.nbytes > SHARD_BYTES:
@@ -269,7 +281,9 @@ def main() -> None:
     parser.add_argument("model", help="a config.json, the folder of one, or a preset's name")
     parser.add_argument("dest", type=Path, help="where the checkpoint goes; must not exist")
     parser.add_argument("--layers", type=int, help="keep this many layers (default: all)")
-    parser.add_argument("--bits", type=int, help="bits per weight (default: the mode's, 4 or 8)")
+    parser.add_argument(
+        "--bits", type=int, help="bits per weight, 16 for bfloat16 (default: the mode's, 4 or 8)"
+    )
     parser.add_argument("--group-size", type=int, help="weights per scale (default: the mode's)")
     parser.add_argument("--mode", choices=MODES, default="affine", help="default: affine")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")

@@ -45,6 +45,17 @@ class Fill(Protocol):
         """Bytes `begin` to `end` of the tensor, asked for in order; a buffer."""
 
 
+class PlannedTensor(Protocol):
+    """A tensor to be; `pieces` gives its bytes, in order, with their offsets. What is left out
+    is a hole, and no part of `written_bytes`."""
+
+    @property
+    def spec(self) -> TensorSpec: ...
+    @property
+    def written_bytes(self) -> int: ...
+    def pieces(self) -> Iterator[tuple[int, Any]]: ...
+
+
 @dataclass(frozen=True)
 class Codes:
     """Random bits, each word of 64 kept to `mask`."""
@@ -98,12 +109,20 @@ class SyntheticTensor:
     fill: Fill
     seed: int
 
-    def pieces(self) -> Iterator[Any]:
-        """The tensor's bytes in buffers of at most PIECE_BYTES."""
-        seed = np.random.SeedSequence([self.seed, crc32(self.spec.name.encode())])
-        rng = np.random.Generator(np.random.SFC64(seed))
+    @property
+    def written_bytes(self) -> int:
+        return self.spec.nbytes
+
+    def pieces(self) -> Iterator[tuple[int, Any]]:
+        """All bytes, in buffers of at most PIECE_BYTES."""
+        rng = self.generator()
         for begin in range(0, self.spec.nbytes, PIECE_BYTES):
-            yield self.fill.piece(rng, begin, min(begin + PIECE_BYTES, self.spec.nbytes))
+            yield begin, self.fill.piece(rng, begin, min(begin + PIECE_BYTES, self.spec.nbytes))
+
+    def generator(self) -> np.random.Generator:
+        """Where all that is random in it comes from."""
+        seed = np.random.SeedSequence([self.seed, crc32(self.spec.name.encode())])
+        return np.random.Generator(np.random.SFC64(seed))
 
 
 def choose_spreads(model: nn.Module, vocabulary: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ PACKAGE = Path(flashmoe.__file__).parent
 
 # Parts of one floor may not import each other; those of the ground floor may.
 FLOORS = [
-    {"errors", "units", "machine", "phases", "keeping", "dtypes", "demo", "native"},
+    {"errors", "units", "machine", "phases", "holes", "keeping", "dtypes", "demo", "native"},
     {"store", "checkpoint", "io", "kernels"},
     {"streaming", "repacking", "tuning"},
     {"options"},

@@ -58,6 +58,20 @@ def test_floats_are_quantized_as_mlx_does(wide_qwen, tmp_path, dest, bits, group
     )
 
 
+def test_zeros_are_quantized_as_any_weights(tmp_path, source, dest):
+    save_float(source, WIDE)
+    arrays = mlx_arrays(source)
+    for name, array in arrays.items():
+        # Of one shape in two layers, and negative zeros, which are other bytes.
+        if name.endswith(("gate_proj.weight", "up_proj.weight")):
+            arrays[name] = mx.zeros_like(array)
+        elif name.endswith("down_proj.weight"):
+            arrays[name] = -mx.zeros_like(array)
+    mx.save_safetensors(str(source / "model.safetensors"), arrays, {"format": "mlx"})
+    expected = mlx_lm_tensors(source, tmp_path / "mlx_lm", group_size=64, bits=4)
+    assert store_tensors(repack(source, dest)) == expected
+
+
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [

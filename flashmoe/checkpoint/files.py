@@ -14,6 +14,7 @@ import numpy as np
 
 from flashmoe.checkpoint.headers import TensorInfo, parse_header
 from flashmoe.errors import SourceError
+from flashmoe.holes import mostly_holes, read_at
 
 # What any disk's blocks divide, and pages of memory are a multiple of.
 BLOCK_BYTES = 4096
@@ -83,15 +84,17 @@ class LocalFile:
         try:
             # Opened for each read: a model may have more files than a process may open.
             with Path(str(self.path)).open("rb", buffering=0) as file:
-                file.seek(offset)
-                out = out[_read_past_cache(file, out[:whole_bytes]) :]
+                if not mostly_holes(file):
+                    file.seek(offset)
+                    done = _read_past_cache(file, out[:whole_bytes])
+                    out, offset = out[done:], offset + done
                 while out:
-                    done = file.readinto(out)
+                    done = read_at(file, out, offset)
                     if not done:
                         raise SourceError(
-                            f"{self.path} ended at {file.tell()} while it was read; is it changing?"
+                            f"{self.path} ended at {offset} while it was read; is it changing?"
                         )
-                    out = out[done:]
+                    out, offset = out[done:], offset + done
         except OSError as error:
             raise SourceError(f"{self.path} cannot be read: {error.strerror}") from error
 

@@ -204,8 +204,8 @@ def _check_free_disk(folder: Path, job: Job) -> None:
         have += path.stat().st_blocks * 512 if path.is_file() else 0
     needed = job.plan.file_bytes - have
     paths = [file.path for file in job.checkpoint.weight_files]
-    if not job.plan.settings and None not in paths:
-        # Holes of the source become holes of the store.
+    if None not in paths:
+        # Holes of the source become holes of the store, scales aside.
         needed = min(needed, sum(path.stat().st_blocks * 512 for path in paths if path))
     if needed > free:
         raise StoreError(

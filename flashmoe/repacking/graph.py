@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -50,6 +52,16 @@ class Graph:
     operations: dict[str, Operation]
     constants: dict[str, mx.array]
     stand_ins: Mapping[str, StandIn] = field(default_factory=dict)
+
+    @cached_property
+    def joints(self) -> dict[str, list[int]]:
+        """For every value that is a concatenation of rows: the row at which each part begins, and
+        the number of rows at the end."""
+        return {
+            value: [0, *accumulate(self.arrays[part].shape[0] for part in operation.inputs)]
+            for value, operation in self.operations.items()
+            if operation.name == "Concatenate" and operation.arguments[0] == 0
+        }
 
 
 def trace(

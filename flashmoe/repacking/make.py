@@ -14,6 +14,7 @@ from flashmoe.dtypes import MLX_DTYPES, array_bytes
 from flashmoe.errors import SourceError
 from flashmoe.repacking.graph import Graph
 from flashmoe.repacking.quantize import pack
+from flashmoe.repacking.recipe import Setting
 from flashmoe.repacking.rows import rows
 from flashmoe.repacking.schedule import Parameter, Piece, span_of
 from flashmoe.repacking.step import Step
@@ -21,6 +22,8 @@ from flashmoe.repacking.step import Step
 # Of what is asked for out of turn (scales of what comes by), this much is remembered.
 REMEMBERED_BYTES = 32 * 2**20
 WINDOW_BYTES = 64 * 2**10
+# Weights that begin with so many zeros are looked at whole.
+PROBE_BYTES = 64
 
 
 class Maker:
@@ -32,6 +35,7 @@ class Maker:
         self._graph = graph
         self._tensors = tensors
         self._files = files
+        self._zeros: dict[tuple[tuple[int, ...], mx.Dtype, Setting], list[memoryview]] = {}
         self._remembered: OrderedDict[tuple[int, int, int], memoryview] = OrderedDict()
 
     def make(
@@ -53,13 +57,25 @@ class Maker:
         try:
             result = step.evaluate(lambda leaf: self._array(leaf, read(leaf)), checked=True)
             if parameter.packing is not None:
-                parts = list(pack(result, parameter.packing).values())
-            else:
-                parts = [result.astype(MLX_DTYPES[parameter.dtype])]
-            mx.eval(parts)
+                return self._packed(result, parameter.packing)
+            return [array_bytes(result.astype(MLX_DTYPES[parameter.dtype]))]
         except (RuntimeError, ValueError) as error:
             raise SourceError(f"{parameter.name} cannot be made of its tensors: {error}") from error
-        return [array_bytes(part) for part in parts]
+
+    def _packed(self, weight: mx.array, setting: Setting) -> list[memoryview]:
+        """`pack`, but of the zeros of a sparse source only one of each shape."""
+        zeros = None
+        content = np.frombuffer(array_bytes(weight), np.uint8)
+        if not content[:PROBE_BYTES].any() and not content.any():
+            zeros = (weight.shape, weight.dtype, setting)
+            if zeros in self._zeros:
+                return self._zeros[zeros]
+        parts = list(pack(weight, setting).values())
+        mx.eval(parts)
+        packed = [array_bytes(part) for part in parts]
+        if zeros is not None:
+            self._zeros[zeros] = packed
+        return packed
 
     def _keeps_dtype(self, parameter: Parameter) -> bool:
         value = self._graph.targets[parameter.name]

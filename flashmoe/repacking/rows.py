@@ -8,6 +8,7 @@ and no others. An operation that mixes rows asks for all of its input.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -176,14 +177,16 @@ def _concatenated(request: _Request) -> Step:
     axis = request.argument
     if axis != 0:
         return request.map(lambda *arrays: mx.concatenate(list(arrays), axis))
+    bounds = request.graph.joints[request.value]
     inputs = []
-    first = 0
-    for index in range(len(request.operation.inputs)):
-        last = first + request.shape_of(index)[0]
+    # There may be hundreds of parts, a few of which have the rows.
+    for index in range(bisect.bisect_right(bounds, request.begin) - 1, len(bounds) - 1):
+        first, last = bounds[index], bounds[index + 1]
+        if first >= request.end:
+            break
         begin, end = max(request.begin, first), min(request.end, last)
         if begin < end:
             inputs.append(request.input(begin - first, end - first, index))
-        first = last
     if len(inputs) == 1:
         return inputs[0]
     return Step(

@@ -14,6 +14,7 @@ import numpy as np
 
 from flashmoe.checkpoint.files import SourceFile
 from flashmoe.errors import SourceError, StoreError
+from flashmoe.holes import filled
 from flashmoe.repacking.digest import Sha256
 from flashmoe.repacking.journal import Journal, Reached
 from flashmoe.repacking.make import Maker
@@ -58,7 +59,6 @@ class Run:
         self._crcs = self.progress.crcs
         self._whole_crcs = self._noted_crcs = len(self._crcs)
         self._late_crcs: dict[int, bytes] = {}
-        self._zero_crcs: dict[int, int] = {}
         self._open: set[str] = set()
         self._touched: set[str] = set()
         self._left = [0] * len(schedule.files)
@@ -233,19 +233,10 @@ class Run:
             self._writer.create(layout.name, layout.header, layout.size_bytes)
             self._open.add(layout.name)
         self._touched.add(layout.name)
-        crc = zlib.crc32(content)
-        if not (
-            self._may_leave_holes
-            and crc == self._crc_of_zeros(len(content))
-            and not np.frombuffer(content, np.uint8).any()
-        ):
-            self._writer.write(layout.name, offset, content)
-        return crc.to_bytes(4, "big")
-
-    def _crc_of_zeros(self, size_bytes: int) -> int:
-        if size_bytes not in self._zero_crcs:
-            self._zero_crcs[size_bytes] = zlib.crc32(bytes(size_bytes))
-        return self._zero_crcs[size_bytes]
+        stretches = filled(content, offset) if self._may_leave_holes else [(0, len(content))]
+        for begin, end in stretches:
+            self._writer.write(layout.name, offset + begin, content[begin:end])
+        return zlib.crc32(content).to_bytes(4, "big")
 
     def _hash_stored(self, file: int) -> None:
         name = self._schedule.files[file].name

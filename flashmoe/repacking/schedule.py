@@ -246,13 +246,7 @@ def _blocks(
 
 def _joints(graph: Graph, value: str, n_rows: int) -> list[int]:
     """The rows at which a value goes over from one source tensor to the next."""
-    operation = graph.operations.get(value)
-    if operation is None or operation.name != "Concatenate" or operation.arguments[0] != 0:
-        return [0, n_rows]
-    bounds = [0]
-    for part in operation.inputs:
-        bounds.append(bounds[-1] + graph.arrays[part].shape[0])
-    return bounds
+    return graph.joints.get(value, [0, n_rows])
 
 
 def _needed(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashmoe.errors import StoreError
+from flashmoe.holes import read_at
 from flashmoe.store.manifest import LayerFile, ResidentFile
 from flashmoe.store.reader import open_store
 from flashmoe.store.writer import HASH_CHUNK_BYTES, sha256_file
@@ -74,9 +75,12 @@ def _verify_file(
     digest = hashlib.sha256()
     try:
         with path.open("rb", buffering=0) as stream:
-            while chunk := stream.read(HASH_CHUNK_BYTES):
-                digest.update(chunk)
-                advance(len(chunk))
+            chunk = memoryview(bytearray(HASH_CHUNK_BYTES))
+            offset = 0
+            while size_bytes := read_at(stream, chunk, offset):
+                digest.update(chunk[:size_bytes])
+                offset += size_bytes
+                advance(size_bytes)
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror}") from error
     if digest.hexdigest() == file.sha256:

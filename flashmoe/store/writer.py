@@ -17,17 +17,24 @@ from pathlib import Path
 from types import TracebackType
 
 from flashmoe.errors import StoreError
+from flashmoe.holes import read_at
 from flashmoe.store.manifest import JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME, Manifest, to_json
 
-HASH_CHUNK_BYTES = 8 * 2**20
+HASH_CHUNK_BYTES = 2**20
 
 Bytes = bytes | bytearray | memoryview
 
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a whole file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    chunk = memoryview(bytearray(HASH_CHUNK_BYTES))
+    offset = 0
+    with path.open("rb", buffering=0) as file:
+        while size_bytes := read_at(file, chunk, offset):
+            digest.update(chunk[:size_bytes])
+            offset += size_bytes
+    return digest.hexdigest()
 
 
 class StoreWriter:
