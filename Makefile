@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo.flashmoe
+# Tests share the cores; a process of them takes up to 1 GB.
+SPREAD := -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: help setup demo test test-without-native lint cross bench clean
 
@@ -43,11 +45,11 @@ demo: $(VENV)/run.stamp
 	@echo "Talk to it: $(BIN)/flashmoe chat $(DEMO) --cache 2MB"
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD)
 
 test-without-native: setup
 	rm -f $(LIBRARY)
-	$(BIN)/python -m pytest $(TESTS); status=$$?; \
+	$(BIN)/python -m pytest $(SPREAD) $(TESTS); status=$$?; \
 	$(BIN)/python -m flashmoe.native.build && exit $$status
 
 lint: setup

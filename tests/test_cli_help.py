@@ -1,8 +1,8 @@
 """Every command's help, and what the command line says of itself."""
 
+import resource
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,16 +27,18 @@ def test_command_is_installed() -> None:
 @pytest.mark.parametrize("command", ["", *COMMANDS, *GROUPS, *SUBCOMMANDS])
 def test_help_answers_in_half_a_second(command: str, home: Path) -> None:
     line = [str(FLASHMOE), *command.split(), "--help"]
-    taken = []
-    for _ in range(3):
-        started = time.perf_counter()
-        done = subprocess.run(line, capture_output=True, text=True, check=True)
-        taken.append(time.perf_counter() - started)
-        assert done.stderr == ""
-        assert done.stdout.startswith(f"Usage: flashmoe {command or '[OPTIONS]'}")
-        if taken[-1] < 0.5:
-            break
-    assert min(taken) < 0.5, f"{' '.join(line[1:])} took {taken} seconds"
+    before = processor_seconds()
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    # Not by the clock on the wall: other tests may have the cores.
+    assert processor_seconds() - before < 0.5
+    assert done.stderr == ""
+    assert done.stdout.startswith(f"Usage: flashmoe {command or '[OPTIONS]'}")
+
+
+def processor_seconds() -> float:
+    """What this process's ended children have taken."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_flashmoe_alone_prints_help(run_cli: Run) -> None:
