@@ -178,10 +178,10 @@ def _destinations(
     plan: RepackPlan,
 ) -> tuple[tuple[StoreFile, ...], tuple[Parameter, ...]]:
     files: list[StoreFile] = []
-    parameters: list[Parameter] = []
+    # Of all files at once: a weight's scales may be in the next one.
+    sinks: dict[str, tuple[Sink, str, int]] = {}
     for shard in plan.resident:
         header = safetensors_header(shard.tensors)
-        sinks: dict[str, tuple[Sink, str, int]] = {}
         offset = len(header)
         for part, tensor in enumerate(shard.tensors):
             n_rows = tensor.shape[0] if tensor.shape else 1
@@ -190,7 +190,7 @@ def _destinations(
             sinks[tensor.name] = (sink, tensor.dtype, n_rows)
             offset += tensor.nbytes
         files.append(StoreFile(shard.file, header, offset, len(shard.tensors)))
-        parameters += _parameters(sinks, plan.settings)
+    parameters = list(_parameters(sinks, plan.settings))
     for layer in plan.layers:
         n_components = len(layer.record.components)
         stride = layer.record.stride

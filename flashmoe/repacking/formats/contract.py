@@ -100,8 +100,14 @@ def float_dtype(packed: Packed) -> str:
     """The safetensors dtype that a checkpoint's weights had before they were packed, as its
     config says; BF16 where it does not."""
     names = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-    for level in (packed.config, packed.config.get("text_config") or {}):
+    for level in levels(packed.config):
         for key in ("dtype", "torch_dtype"):
-            if level.get(key) in names:
+            if str(level.get(key)) in names:
                 return names[level[key]]
     return "BF16"
+
+
+def levels(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A config, and the one of its language model if that is nested."""
+    nested = config.get("text_config")
+    return [config, nested] if isinstance(nested, dict) else [config]

@@ -14,8 +14,8 @@ from flashmoe.errors import SourceError
 from flashmoe.repacking.formats.awq import AWQ
 from flashmoe.repacking.formats.bitsandbytes import BITSANDBYTES
 from flashmoe.repacking.formats.compressed import COMPRESSED
-from flashmoe.repacking.formats.contract import AS_IT_IS, Format, Packed, Presentation
-from flashmoe.repacking.formats.fp8 import FP8
+from flashmoe.repacking.formats.contract import AS_IT_IS, Format, Packed, Presentation, levels
+from flashmoe.repacking.formats.fp8 import FP8, SCALES
 from flashmoe.repacking.formats.gptq import GPTQ
 from flashmoe.repacking.formats.modelopt import MODELOPT
 
@@ -24,11 +24,17 @@ def _as_it_is(packed: Packed) -> Presentation:
     return AS_IT_IS
 
 
+def _mxfp8(packed: Packed) -> Presentation:
+    """By others than MLX, with scales beside the weights' names, it is fp8."""
+    is_named = any(name.endswith(SCALES) for name in packed.tensors)
+    return FP8.present(packed) if is_named else AS_IT_IS
+
+
 # What each reads of a checkpoint is for itself to say.
 FORMATS: tuple[Format, ...] = (
     FP8,
     Format("mxfp4 (as gpt-oss has it)", ("mxfp4",), _as_it_is),
-    Format("mxfp8", ("mxfp8",), _as_it_is),
+    Format("mxfp8", ("mxfp8",), _mxfp8),
     AWQ,
     GPTQ,
     BITSANDBYTES,
@@ -69,7 +75,7 @@ def present(
 
 def quantization_of(folder: Path, config: Config) -> Mapping[str, Any]:
     """A checkpoint's `quantization_config`, wherever it states one; nothing if it does not."""
-    for level in (config, config.get("text_config") or {}):
+    for level in levels(config):
         for key in ("quantization_config", "compression_config"):
             if isinstance(level.get(key), dict):
                 return dict(level[key])
