@@ -18,7 +18,7 @@ from flashmoe.checkpoint.architecture import build_model
 from flashmoe.checkpoint.headers import TensorInfo, read_header
 from flashmoe.checkpoint.source import check_files, resolve
 from flashmoe.repacking.formats.contract import Packed, Presentation
-from flashmoe.repacking.formats.fp8 import block_of, present
+from flashmoe.repacking.formats.fp8 import block_of, block_size, present
 from flashmoe.repacking.job import prepare
 from flashmoe.repacking.presets import choose_recipe
 from flashmoe.repacking.schedule import PIECE_BYTES
@@ -90,6 +90,24 @@ def test_a_scale_that_does_not_fit() -> None:
 def test_a_scale_that_is_missing() -> None:
     with refused(SourceError, "w of the checkpoint", "w_scale_inv"):
         presented({"w": info("F8_E4M3", 160, 128)})
+
+
+def test_how_blocks_are_stated() -> None:
+    assert block_size(None, "here") == (128, 128)
+    assert block_size([1, 32], "here") == block_size("1x32", "here") == (1, 32)
+    for stated in (128, [128], [128, 0], [128, "-1"], [1.5, 2], "128", {"a": 1}, [None, None]):
+        with refused(SourceError, "here", "blocks"):
+            block_size(stated, "here")
+
+
+def test_a_dtype_that_makes_no_sense() -> None:
+    tensors = {"w": info("F8_E4M3", 16, 16), "w_scale": info("F32")}
+    for config in ({"dtype": ["float16"]}, {"text_config": 1}, {"text_config": {"dtype": "int8"}}):
+        given = Packed("here", {}, config, tensors, lambda name: b"")
+        assert present(given).stand_ins["w"].dtype == "BF16"
+    config = {"dtype": None, "text_config": {"torch_dtype": "float16"}}
+    given = Packed("here", {}, config, tensors, lambda name: b"")
+    assert present(given).stand_ins["w"].dtype == "F16"
 
 
 def test_scales_of_activations_are_left_out() -> None:

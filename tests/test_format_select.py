@@ -40,6 +40,7 @@ UNKNOWN: dict[str, tuple[dict[str, Any], str]] = {
     "another key": ({"compression_config": {"quant_method": "spqr"}}, "spqr"),
     "no method": ({"quantization_config": {"bits": 4}}, "does not say"),
     "no name": ({"quantization_config": {"quant_method": ["fp8"]}}, "['fp8']"),
+    "no table": ({"text_config": "none", "compression_config": {"format": 1}}, "does not say"),
 }
 
 
@@ -89,6 +90,12 @@ def test_where_a_config_says_it(packed: Path) -> None:
     ):
         edit(packed, quantization_config=None, **entries)
         assert set(presentation_of(packed).stand_ins) == expected
+
+
+def test_mxfp8_of_others_is_fp8(packed: Path) -> None:
+    expected = set(presentation_of(packed).stand_ins)
+    edit(packed, quantization_config={"quant_method": "mxfp8"})
+    assert set(presentation_of(packed).stand_ins) == expected
 
 
 def test_modelopt_says_it_in_a_file_of_its_own(packed: Path) -> None:

@@ -16,7 +16,9 @@ from mlx_lm.utils import load_model, quantize_model, save_model
 from refusals import refused
 
 from flashmoe import OptionError, repack
+from flashmoe.repacking import plan
 from flashmoe.store.layout import Quantization
+from flashmoe.store.verify import verify
 
 # Widths of 128, so that groups of 128 divide them.
 WIDE = {**FAMILIES["qwen3_moe"], "hidden_size": 128, "moe_intermediate_size": 128}
@@ -196,3 +198,12 @@ def test_impossible_precisions(float_qwen, dest, options, words):
     with refused(OptionError, *words):
         repack(float_qwen, dest, **options)
     assert not dest.exists()
+
+
+def test_a_weight_and_its_scales_may_be_in_different_files(wide_qwen, tmp_path, dest, monkeypatch):
+    expected = store_tensors(repack(wide_qwen, tmp_path / "one.flashmoe", bits=4))
+    monkeypatch.setattr(plan, "SHARD_BYTES", 1)
+    store = repack(wide_qwen, dest, bits=4)
+    assert all(len(shard.tensors) == 1 for shard in store.manifest.resident)
+    assert store_tensors(store) == expected
+    verify(store.path)

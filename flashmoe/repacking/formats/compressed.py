@@ -60,8 +60,9 @@ def present(packed: Packed) -> Presentation:
                 "compressed-tensors it reads integers, fp8 and mxfp4"
             )
     schemes = [_weights_of(group) for group in _groups(packed.settings)]
-    blocks = [scheme["block_structure"] for scheme in schemes if scheme.get("block_structure")]
-    floats = fp8.unpacked(packed, tuple(blocks[0]) if blocks else fp8.DEFAULT_BLOCK)
+    blocks = [scheme.get("block_structure") for scheme in schemes]
+    block = next((stated for stated in blocks if stated), None)
+    floats = fp8.unpacked(packed, fp8.block_size(block, packed.where))
     widths = _Widths(packed)
     layers: list[Layer] = []
     codes: dict[str, StandIn] = {}
@@ -122,7 +123,7 @@ def _fitting(
     found = set()
     for scheme in schemes:
         bits, group = scheme.get("num_bits"), scheme.get("group_size")
-        if bits in BITS:
+        if type(bits) is int and bits in BITS:
             d_in = n_words * WORD_BITS // bits
             size = group if type(group) is int and group > 0 else d_in
             if size * n_groups == d_in:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +19,15 @@ class Packed:
     """A checkpoint as a format sees it: `settings` is its `quantization_config`, `config` all of
     config.json, `tensors` every tensor of its files by name. `where` is what errors call it.
     `read` gives the bytes of a tensor, for the few that say what others are: each may be a
-    request of the Hub."""
+    request of the Hub. `modules` has the last names of the modules of mlx-lm's model, None where
+    nobody knows them."""
 
     where: str
     settings: Mapping[str, Any]
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     read: Callable[[str], bytes]
+    modules: Collection[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,14 @@ def float_dtype(packed: Packed) -> str:
     """The safetensors dtype that a checkpoint's weights had before they were packed, as its
     config says; BF16 where it does not."""
     names = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-    for level in (packed.config, packed.config.get("text_config") or {}):
+    for level in levels(packed.config):
         for key in ("dtype", "torch_dtype"):
-            if level.get(key) in names:
+            if str(level.get(key)) in names:
                 return names[level[key]]
     return "BF16"
+
+
+def levels(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A config, and the one of its language model if that is nested."""
+    nested = config.get("text_config")
+    return [config, nested] if isinstance(nested, dict) else [config]

@@ -33,14 +33,14 @@ MXFP8_BLOCK = (32, 32)
 
 def present(packed: Packed) -> Presentation:
     """Every E4M3 tensor as floats of the checkpoint's dtype, its scales hidden."""
-    stated = tuple(packed.settings.get("weight_block_size") or DEFAULT_BLOCK)
+    stated = block_size(packed.settings.get("weight_block_size"), packed.where)
     is_named = any(name.endswith(SCALES) for name in packed.tensors)
     if packed.settings.get("scale_fmt") == "ue8m0" and stated == MXFP8_BLOCK and not is_named:
         return AS_IT_IS  # mlx-lm keeps these packed, as mxfp8
     return unpacked(packed, stated)
 
 
-def unpacked(packed: Packed, stated: tuple[int, ...]) -> Presentation:
+def unpacked(packed: Packed, stated: tuple[int, int]) -> Presentation:
     """The same for blocks of the stated size, where a weight's scales say so."""
     dtype = float_dtype(packed)
     stand_ins, hidden = {}, set()
@@ -67,11 +67,31 @@ def unpacked(packed: Packed, stated: tuple[int, ...]) -> Presentation:
     return Presentation(stand_ins, frozenset(hidden))
 
 
-FP8 = Format("fp8 (E4M3, scales per block, row or tensor)", ("fp8",), present, ("_scale_inv",))
+FP8 = Format(
+    "fp8 (E4M3, scales per block, row or tensor)",
+    ("fp8", "fbgemm_fp8"),
+    present,
+    ("_scale_inv",),
+)
+
+
+def block_size(stated: object, where: str) -> tuple[int, int]:
+    """Rows and columns of the blocks that a config states: [128, 128], or "128x128".
+
+    Raises SourceError for anything else.
+    """
+    if not stated:
+        return DEFAULT_BLOCK
+    numbers = stated.split("x") if isinstance(stated, str) else stated
+    if isinstance(numbers, list) and len(numbers) == 2:
+        rows, columns = (int(str(n)) if str(n).isdecimal() else 0 for n in numbers)
+        if rows and columns:
+            return rows, columns
+    raise SourceError(f"{where} states blocks of {stated!r}, not of rows and columns")
 
 
 def block_of(
-    info: TensorInfo, scale: TensorInfo, stated: tuple[int, ...]
+    info: TensorInfo, scale: TensorInfo, stated: tuple[int, int]
 ) -> tuple[int, int] | None:
     """Rows and columns that share a scale in the matrices `[..., d_out, d_in]` of a weight; None
     if its scales do not fit it. `stated` is the checkpoint's size of blocks."""
@@ -84,7 +104,7 @@ def block_of(
     if len(grid) != len(info.shape) or grid[:-2] != info.shape[:-2]:
         return None
     n_down, n_across = grid[-2:]
-    if len(stated) == 2 and (n_down, n_across) == (-(-d_out // stated[0]), -(-d_in // stated[1])):
+    if (n_down, n_across) == (-(-d_out // stated[0]), -(-d_in // stated[1])):
         return stated[0], stated[1]
     if 0 in grid or d_out % n_down or d_in % n_across:
         return None

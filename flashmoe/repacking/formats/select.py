@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from flashmoe.errors import SourceError
 from flashmoe.repacking.formats.awq import AWQ
 from flashmoe.repacking.formats.bitsandbytes import BITSANDBYTES
 from flashmoe.repacking.formats.compressed import COMPRESSED
-from flashmoe.repacking.formats.contract import AS_IT_IS, Format, Packed, Presentation
-from flashmoe.repacking.formats.fp8 import FP8
+from flashmoe.repacking.formats.contract import AS_IT_IS, Format, Packed, Presentation, levels
+from flashmoe.repacking.formats.fp8 import FP8, SCALES
 from flashmoe.repacking.formats.gptq import GPTQ
 from flashmoe.repacking.formats.modelopt import MODELOPT
 
@@ -24,11 +24,17 @@ def _as_it_is(packed: Packed) -> Presentation:
     return AS_IT_IS
 
 
+def _mxfp8(packed: Packed) -> Presentation:
+    """By others than MLX, with scales beside the weights' names, it is fp8."""
+    is_named = any(name.endswith(SCALES) for name in packed.tensors)
+    return FP8.present(packed) if is_named else AS_IT_IS
+
+
 # What each reads of a checkpoint is for itself to say.
 FORMATS: tuple[Format, ...] = (
     FP8,
     Format("mxfp4 (as gpt-oss has it)", ("mxfp4",), _as_it_is),
-    Format("mxfp8", ("mxfp8",), _as_it_is),
+    Format("mxfp8", ("mxfp8",), _mxfp8),
     AWQ,
     GPTQ,
     BITSANDBYTES,
@@ -46,14 +52,15 @@ def present(
     config: Config,
     tensors: Mapping[str, TensorInfo],
     read: Callable[[str], bytes],
+    modules: Collection[str] | None = None,
 ) -> Presentation:
     """What mlx-lm is to see of a checkpoint with these tensors, the bytes of which `read` gives,
-    and this config, whose small files are in `folder`.
+    and this config, whose small files are in `folder`. `modules` as in Packed.
 
     Raises SourceError, which names `where`, for a format that nobody here reads.
     """
     settings = quantization_of(folder, config)
-    packed = Packed(where, settings, config, tensors, read)
+    packed = Packed(where, settings, config, tensors, read, modules)
     # What MLX packed is for mlx-lm to read.
     chosen = None if config.get("quantization") else _format_of(packed)
     presentation = chosen.present(packed) if chosen is not None else AS_IT_IS
@@ -69,7 +76,7 @@ def present(
 
 def quantization_of(folder: Path, config: Config) -> Mapping[str, Any]:
     """A checkpoint's `quantization_config`, wherever it states one; nothing if it does not."""
-    for level in (config, config.get("text_config") or {}):
+    for level in levels(config):
         for key in ("quantization_config", "compression_config"):
             if isinstance(level.get(key), dict):
                 return dict(level[key])
