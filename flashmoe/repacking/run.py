@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -14,12 +13,13 @@ import numpy as np
 
 from flashmoe.checkpoint.files import SourceFile
 from flashmoe.errors import SourceError, StoreError
-from flashmoe.repacking.digest import Sha256
+from flashmoe.repacking.digest import Sha256, crc32, sha256, take_up
+from flashmoe.repacking.hashing import Hashing
 from flashmoe.repacking.journal import Journal, Reached
 from flashmoe.repacking.make import Maker
 from flashmoe.repacking.schedule import Group, Schedule
 from flashmoe.repacking.stream import ReadAhead
-from flashmoe.store.writer import StoreWriter, sha256_file
+from flashmoe.store.writer import StoreWriter
 
 # Between two lines of the journal; a killed run does again what it did since the last.
 STEP_SECONDS = 3.0
@@ -64,12 +64,12 @@ class Run:
         self._left = [0] * len(schedule.files)
         self._remaining_bytes = 0
         self._unnoted_bytes = 0
-        self._digest = Sha256()
+        self._digest = sha256()
+        self._hash = Hashing()
         self._hashing: Future[None] | None = None
         self._noting: Future[None] | None = None
         self._noted = time.monotonic()
         self._storing: dict[str, Future[str]] = {}
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="flashmoe-hash")
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="flashmoe-store-hash")
         self._noter = ThreadPoolExecutor(1, thread_name_prefix="flashmoe-journal")
 
@@ -82,8 +82,9 @@ class Run:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for pool in (self._hasher, self._checker, self._noter):
+        for pool in (self._checker, self._noter):
             pool.shutdown(cancel_futures=True)
+        self._hash.close()
 
     @property
     def crcs(self) -> memoryview:
@@ -111,11 +112,11 @@ class Run:
                     if index != current:
                         self._finish(current, finished)
                         current = self.progress.file = index
-                        self.progress.position, self._digest = 0, Sha256()
+                        self.progress.position, self._digest = 0, sha256()
                     self._put_group(group, content, maker)
                     self._wait_for_hash()
                     if self._is_hashed(index):
-                        self._hashing = self._hasher.submit(self._digest.update, content)
+                        self._hashing = self._hash.submit(self._digest, content)
                     self._advance_to(group)
                 self._finish(current, finished)
         except BaseException:
@@ -183,10 +184,11 @@ class Run:
         """The hash of a source file up to where the last run came."""
         position, state = self.progress.position, self.progress.state
         if position == 0 or not self._is_hashed(index):
-            return Sha256()
-        if state is not None:
-            return Sha256(state)
-        digest = Sha256()
+            return sha256()
+        digest = take_up(state) if state is not None else None
+        if digest is not None:
+            return digest
+        digest = sha256()
         for begin in range(0, position, HASHED_AGAIN_BYTES):
             content = np.empty(min(HASHED_AGAIN_BYTES, position - begin), np.uint8).data
             self._files[index].read_into(begin, content)
@@ -233,7 +235,7 @@ class Run:
             self._writer.create(layout.name, layout.header, layout.size_bytes)
             self._open.add(layout.name)
         self._touched.add(layout.name)
-        crc = zlib.crc32(content)
+        crc = crc32(content)
         if not (
             self._may_leave_holes
             and crc == self._crc_of_zeros(len(content))
@@ -244,14 +246,14 @@ class Run:
 
     def _crc_of_zeros(self, size_bytes: int) -> int:
         if size_bytes not in self._zero_crcs:
-            self._zero_crcs[size_bytes] = zlib.crc32(bytes(size_bytes))
+            self._zero_crcs[size_bytes] = crc32(memoryview(bytearray(size_bytes)))
         return self._zero_crcs[size_bytes]
 
     def _hash_stored(self, file: int) -> None:
         name = self._schedule.files[file].name
         if name not in self.progress.stored:
             path = self._writer.folder / name
-            self._storing[name] = self._checker.submit(sha256_file, path)
+            self._storing[name] = self._checker.submit(self._hash.hash_file, path)
 
     def _advance_to(self, group: Group) -> None:
         self.progress.pieces = group.end_piece
@@ -312,7 +314,7 @@ class Run:
             self._storing.pop(name, None)
             progress.stored.pop(name, None)
         progress.pieces, progress.file, progress.position = first, index, 0
-        self._digest = Sha256()
+        self._digest = sha256()
 
     def _note(self, then: Callable[[Reached], None] | None = None) -> None:
         """Have what is whole put on disk and noted, meanwhile; `then` is told of it."""
