@@ -33,7 +33,7 @@ OPEN_LIBCXX = ("-nostdlib++", "-Wl,-undefined,dynamic_lookup")
 LIBCXX = re.compile(r"__Z(T[ISV])?(N?K?St|N10__cxxabiv1)|__Z(nw|na|dl|da)|___cxa_|___gxx_pers")
 # zig's linker puts them into every library.
 LINKER_EXPORTS = {"___dso_handle", "__mh_dylib_header"}
-CHECK_SOURCES = ("native_check.cpp", "attention_check.cpp", "fit_check.cpp")
+CHECK_SOURCES = ("native_check.cpp", "attention_check.cpp", "checksum_check.cpp", "fit_check.cpp")
 
 
 class MissingTool(Exception):

@@ -343,6 +343,9 @@ int main(int argc, char** argv) {
     printf("%s fitted groups, %s\n", isa, fits ? "as close as they were given" : "too far off");
     good = good && expert < kExpertTolerance && attention < kAttentionTolerance && fits;
   }
+  const bool checksums = checksums_are_right();
+  printf("checksums, %s\n", checksums ? "right" : "wrong");
+  good = good && checksums;
   // Callers from several threads take turns.
   fm_set_threads(3);
   std::vector<std::thread> callers;

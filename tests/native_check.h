@@ -46,4 +46,7 @@ double attention_error();
 // Whether fitted groups are as close as what they were given, for every width, group and dtype.
 bool fits_well();
 
+// Whether SHA-256, of one and of two, and CRC-32 are what plain arithmetic gives, or all refused.
+bool checksums_are_right();
+
 #endif

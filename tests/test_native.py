@@ -26,7 +26,7 @@ from flashmoe.native import build, loader
 DTYPES = {"f32": mx.float32, "bf16": mx.bfloat16, "f16": mx.float16}
 AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
 N_SLOTS = 5
-CHECKS = ("native_check.cpp", "attention_check.cpp", "fit_check.cpp")
+CHECKS = ("native_check.cpp", "attention_check.cpp", "checksum_check.cpp", "fit_check.cpp")
 # Of the row norm: a row is one pair's outputs.
 TOLERANCE = 2e-6
 

@@ -5,36 +5,124 @@ from __future__ import annotations
 import hashlib
 import random
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from flashmoe.native import checksum
 from flashmoe.repacking import digest
-from flashmoe.repacking.digest import Sha256, combine_crc32
+from flashmoe.repacking.digest import (
+    LibrarySha256,
+    NativeSha256,
+    PlainSha256,
+    Sha256,
+    combine_crc32,
+    crc32,
+    sha256,
+    take_up,
+    update_two,
+)
+from flashmoe.repacking.hashing import Hashing
 from flashmoe.repacking.journal import Journal, Reached, begun
 from flashmoe.store.manifest import JOURNAL_NAME
 
 CONTENT = bytearray(random.Random(0).randbytes(100_000))
 
 
+KINDS: dict[str, type[Sha256]] = {
+    "native": NativeSha256,
+    "library": LibrarySha256,
+    "plain": PlainSha256,
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What hashes, one after the other."""
+    if request.param == "native" and not checksum.available():
+        pytest.skip("this processor or this installation cannot hash natively")
+    if request.param != "native":
+        monkeypatch.setattr(checksum, "available", lambda: False)
+    if request.param == "plain":
+        monkeypatch.setattr(digest, "_functions", lambda: None)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("at", [0, 1, 63, 64, 65, 99_999, 100_000])
-def test_a_hash_is_taken_up_again(at: int) -> None:
-    first = Sha256()
+def test_a_hash_is_taken_up_again(kind: str, at: int) -> None:
+    first = sha256()
+    assert isinstance(first, KINDS[kind])
     first.update(memoryview(CONTENT)[:at])
+    assert first.hexdigest() == first.hexdigest() == hashlib.sha256(CONTENT[:at]).hexdigest()
     state = first.state()
-    assert state is not None
-    second = Sha256(state)
+    assert (state is None) == (kind == "plain")
+    second = take_up(state) if state is not None else first
+    assert second is not None
     second.update(memoryview(CONTENT)[at:])
-    assert second.hexdigest() == second.hexdigest() == hashlib.sha256(CONTENT).hexdigest()
-    assert first.hexdigest() == hashlib.sha256(CONTENT[:at]).hexdigest()
+    assert second.hexdigest() == hashlib.sha256(CONTENT).hexdigest()
 
 
-def test_without_such_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_of_what_is_not_here(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = sha256().state()
+    monkeypatch.setattr(checksum, "available", lambda: False)
     monkeypatch.setattr(digest, "_functions", lambda: None)
-    plain = Sha256()
-    plain.update(memoryview(CONTENT))
-    assert plain.state() is None
-    assert plain.hexdigest() == hashlib.sha256(CONTENT).hexdigest()
+    assert state is None or take_up(state) is None
+
+
+@pytest.mark.parametrize("sizes", [(0, 0), (5, 5), (64, 200), (70_000, 64), (99_000, 98_999)])
+@pytest.mark.parametrize("before", [0, 13, 64])
+def test_two_hashes_at_once(kind: str, sizes: tuple[int, int], before: int) -> None:
+    """Each with bytes before it, so that neither begins at a block."""
+    view = memoryview(CONTENT)
+    first, second = sha256(), sha256()
+    first.update(view[:before])
+    second.update(view[: 2 * before])
+    update_two(first, view[: sizes[0]], second, view[100_000 - sizes[1] :])
+    assert (
+        first.hexdigest() == hashlib.sha256(view[:before].tobytes() + view[: sizes[0]]).hexdigest()
+    )
+    tail = view[100_000 - sizes[1] :].tobytes()
+    assert second.hexdigest() == hashlib.sha256(view[: 2 * before].tobytes() + tail).hexdigest()
+
+
+def test_streams_hashed_beside_each_other(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashmoe.repacking.hashing.ALONE_BYTES", 1000)
+    monkeypatch.setattr("flashmoe.repacking.hashing.READ_BYTES", 7000)
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT)
+    (tmp_path / "empty").touch()
+    hashing = Hashing()
+    with ThreadPoolExecutor(2) as pool:
+        files = [pool.submit(hashing.hash_file, path) for _ in range(3)]
+        empty = pool.submit(hashing.hash_file, tmp_path / "empty")
+        own = sha256()
+        for begin in range(0, len(CONTENT), 9001):
+            hashing.submit(own, memoryview(CONTENT)[begin : begin + 9001]).result()
+    hashing.close()
+    expected = hashlib.sha256(CONTENT).hexdigest()
+    assert [file.result() for file in files] == [expected] * 3
+    assert own.hexdigest() == expected
+    assert empty.result() == hashlib.sha256().hexdigest()
+
+
+def test_a_hash_that_fails_says_so_where_it_was_asked_for() -> None:
+    hashing = Hashing()
+    readonly = memoryview(bytes(100))
+    with pytest.raises(TypeError, match="not writable"):
+        hashing.submit(LibrarySha256(), readonly).result()
+    fine = sha256()
+    hashing.submit(fine, memoryview(CONTENT)).result()
+    hashing.close()
+    assert fine.hexdigest() == hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4111, 100_000])
+def test_checksums(kind: str, size: int) -> None:
+    for content in (memoryview(CONTENT)[:size], memoryview(bytes(CONTENT))[:size]):
+        assert crc32(content) == zlib.crc32(content)
 
 
 @pytest.mark.parametrize("at", [0, 1, 5, 4096, 77_777, 100_000])

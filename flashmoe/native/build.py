@@ -31,6 +31,7 @@ FLAGS = (
 _Sources = dict[str, tuple[str, ...]]
 _COMMON: _Sources = {
     "attention.cpp": (),
+    "checksum.cpp": (),
     "dispatch.cpp": (),
     "experts.cpp": (),
     "fit.cpp": (),
@@ -44,8 +45,12 @@ _COMMON: _Sources = {
 }
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
-_X86: _Sources = {"kernels_avx512.cpp": _AVX512, "kernels_avx2.cpp": _AVX2}
-_ARM: _Sources = {"kernels_neon.cpp": ()}
+_X86: _Sources = {
+    "checksum_x86.cpp": ("-msha", "-msse4.1", "-mpclmul"),
+    "kernels_avx512.cpp": _AVX512,
+    "kernels_avx2.cpp": _AVX2,
+}
+_ARM: _Sources = {"checksum_arm.cpp": (), "kernels_neon.cpp": ()}
 _PORTABLE: _Sources = {"kernels_portable.cpp": ()}
 
 

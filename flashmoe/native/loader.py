@@ -10,7 +10,7 @@ from typing import Any
 from flashmoe.errors import OptionError
 
 LIBRARY = "libflashmoe.so"  # as build.py names it
-VERSION = "4"  # of the interface, as matmul.cpp states it
+VERSION = "5"  # of the interface, as matmul.cpp states it
 F32, BF16, F16, AFFINE, MXFP4 = range(5)
 OK, UNSUPPORTED, BAD_ARGUMENT, NO_RESOURCES = range(4)
 NO_MASK, CAUSAL_MASK, BOOLEAN_MASK, ADDED_MASK = range(4)
@@ -162,6 +162,14 @@ def _load() -> Any:
         ctypes.c_void_p,
         ctypes.c_void_p,
     )
+    library.fm_sha256.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+    )
+    library.fm_crc32.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
     library.fm_attend.argtypes = (ctypes.POINTER(FmAttention), ctypes.c_void_p)
     return library
 

@@ -51,4 +51,4 @@ int fm_matmul(const float* x, const int32_t* x_rows, const int32_t* slots, int64
   return FM_OK;
 }
 
-const char* fm_version(void) { return "4"; }
+const char* fm_version(void) { return "5"; }

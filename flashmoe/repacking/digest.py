@@ -1,7 +1,7 @@
-"""SHA-256 that can be put aside and taken up again by another process.
+"""SHA-256 that can be put aside and taken up again by another process, and CRC-32.
 
-Python's hashlib keeps its state to itself. The functions below it, OpenSSL's and on Macs
-CommonCrypto's, keep it in memory of the caller's, which is what a journal can hold.
+Python's hashlib keeps its state to itself. The native library keeps it in memory of the caller's,
+and so do the functions below hashlib, OpenSSL's and on Macs CommonCrypto's.
 """
 
 from __future__ import annotations
@@ -10,60 +10,154 @@ import ctypes
 import functools
 import hashlib
 import sys
-from typing import Any
+import zlib
+from typing import Any, Protocol
 
-# The struct of either library is 104 or 112 bytes.
+from flashmoe.native import checksum
+
+# The struct of either library below hashlib is 104 or 112 bytes.
 STATE_BYTES = 256
 # Both count in 32 bits at most on some machines.
 MAX_UPDATE_BYTES = 2**30
+# Less is not worth a call of ours.
+LEAST_CRC_BYTES = 4096
 
 
-class Sha256:
-    """A hash of a stream. `state()` is what a later `Sha256(state)` goes on from, or None where
-    no library gives it away."""
+class Sha256(Protocol):
+    """A hash of a stream. `state()` is what `take_up` goes on from, or None where nothing here
+    gives it away. `update` takes writable memory; other threads run meanwhile."""
+
+    def update(self, content: memoryview) -> None: ...
+    def state(self) -> bytes | None: ...
+    def hexdigest(self) -> str:
+        """What the hash of everything so far is; more may follow."""
+
+
+def sha256() -> Sha256:
+    """The hash of a stream from its beginning."""
+    if checksum.available():
+        return NativeSha256()
+    return LibrarySha256() if _functions() is not None else PlainSha256()
+
+
+def take_up(state: bytes) -> Sha256 | None:
+    """The hash that was put aside, or None where what made `state` is not here."""
+    kind, own = state[:1], state[1:]
+    if kind == NativeSha256.KIND and checksum.available():
+        return NativeSha256(own)
+    if kind == LibrarySha256.KIND and _functions() is not None:
+        return LibrarySha256(own)
+    return None
+
+
+def takes_two() -> bool:
+    """Whether two hashes at once take little longer than one."""
+    return checksum.available()
+
+
+def update_two(first: Sha256, content: memoryview, second: Sha256, other: memoryview) -> None:
+    """Update one hash and another, at once where `takes_two()`."""
+    if not isinstance(first, NativeSha256) or not isinstance(second, NativeSha256):
+        first.update(content)
+        second.update(other)
+        return
+    content, other = first.complete(content), second.complete(other)
+    size_bytes = min(len(content), len(other)) // checksum.BLOCK_BYTES * checksum.BLOCK_BYTES
+    checksum.take_in_two(first.words, content[:size_bytes], second.words, other[:size_bytes])
+    first.n_bytes += size_bytes
+    second.n_bytes += size_bytes
+    first.update(content[size_bytes:])
+    second.update(other[size_bytes:])
+
+
+class NativeSha256:
+    """By the native library, which takes whole blocks."""
+
+    KIND = b"n"
+
+    def __init__(self, state: bytes | None = None) -> None:
+        self.words = checksum.first_state()
+        self.n_bytes = 0
+        self._rest = bytearray()
+        if state is not None:
+            ctypes.memmove(self.words, state[:32], 32)
+            self.n_bytes = int.from_bytes(state[32:40], "little")
+            self._rest += state[40:]
+
+    def update(self, content: memoryview) -> None:
+        content = self.complete(content)
+        size_bytes = len(content) // checksum.BLOCK_BYTES * checksum.BLOCK_BYTES
+        checksum.take_in(self.words, content[:size_bytes])
+        self.n_bytes += len(content)
+        self._rest += content[size_bytes:]
+
+    def complete(self, content: memoryview) -> memoryview:
+        """Take in what the block that was begun lacks; the content that is left."""
+        if not self._rest:
+            return content
+        taken = content[: checksum.BLOCK_BYTES - len(self._rest)]
+        self._rest += taken
+        self.n_bytes += len(taken)
+        if len(self._rest) == checksum.BLOCK_BYTES:
+            checksum.take_in(self.words, memoryview(self._rest))
+            self._rest = bytearray()
+        return content[len(taken) :]
+
+    def state(self) -> bytes:
+        return self.KIND + bytes(self.words) + self.n_bytes.to_bytes(8, "little") + self._rest
+
+    def hexdigest(self) -> str:
+        zeros = (55 - self.n_bytes) % checksum.BLOCK_BYTES
+        end = self._rest + b"\x80" + bytes(zeros) + (8 * self.n_bytes).to_bytes(8, "big")
+        words = type(self.words)(*self.words)
+        checksum.take_in(words, memoryview(end))
+        return "".join(f"{word:08x}" for word in words)
+
+
+class LibrarySha256:
+    """By the library below hashlib."""
+
+    KIND = b"l"
 
     def __init__(self, state: bytes | None = None) -> None:
         functions = _functions()
-        self._functions = functions
-        self._plain = hashlib.sha256() if functions is None else None
+        assert functions is not None
+        self._init, self._update, self._final = functions
         self._state = ctypes.create_string_buffer(STATE_BYTES)
-        if functions is None:
-            if state is not None:
-                raise ValueError("no library here takes a hash up again")
-        elif state is None:
-            functions[0](self._state)
+        if state is None:
+            self._init(self._state)
         else:
             self._state.raw = state.ljust(STATE_BYTES, b"\0")
 
     def update(self, content: memoryview) -> None:
-        """Other threads run meanwhile. `content` must be writable memory."""
-        if self._functions is None:
-            assert self._plain is not None
-            self._plain.update(content)
-            return
         for begin in range(0, len(content), MAX_UPDATE_BYTES):
             part = content[begin : begin + MAX_UPDATE_BYTES]
-            self._functions[1](
-                self._state, ctypes.byref(ctypes.c_char.from_buffer(part)), len(part)
-            )
+            self._update(self._state, ctypes.byref(ctypes.c_char.from_buffer(part)), len(part))
 
-    def state(self) -> bytes | None:
-        return None if self._functions is None else self._state.raw.rstrip(b"\0") or b"\0"
+    def state(self) -> bytes:
+        return self.KIND + self._state.raw.rstrip(b"\0")
 
     def hexdigest(self) -> str:
-        """What the hash of everything so far is; more may follow."""
-        if self._functions is None:
-            assert self._plain is not None
-            return self._plain.hexdigest()
         copy = ctypes.create_string_buffer(self._state.raw, STATE_BYTES)
         digest = ctypes.create_string_buffer(32)
-        self._functions[2](digest, copy)
+        self._final(digest, copy)
         return digest.raw.hex()
 
 
-def can_be_put_aside() -> bool:
-    """Whether `state()` gives a state on this machine."""
-    return _functions() is not None
+class PlainSha256:
+    """By hashlib."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def update(self, content: memoryview) -> None:
+        self._hash.update(content)
+
+    def state(self) -> None:
+        return None
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
 
 
 @functools.cache
@@ -98,6 +192,13 @@ def _works(init: Any, update: Any, final: Any) -> bool:
     digest = ctypes.create_string_buffer(32)
     final(digest, second)
     return digest.raw == hashlib.sha256(text).digest()
+
+
+def crc32(content: memoryview) -> int:
+    """The CRC-32 of some bytes, as zlib has it; other threads run meanwhile."""
+    if len(content) < LEAST_CRC_BYTES or content.readonly or not checksum.available():
+        return zlib.crc32(content)
+    return checksum.crc32(content)
 
 
 def combine_crc32(first: int, second: int, second_bytes: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -15,12 +14,13 @@ import numpy as np
 from flashmoe.checkpoint.files import SourceFile
 from flashmoe.errors import SourceError, StoreError
 from flashmoe.holes import filled
-from flashmoe.repacking.digest import Sha256
+from flashmoe.repacking.digest import Sha256, crc32, sha256, take_up
+from flashmoe.repacking.hashing import Hashing
 from flashmoe.repacking.journal import Journal, Reached
 from flashmoe.repacking.make import Maker
 from flashmoe.repacking.schedule import Group, Schedule
 from flashmoe.repacking.stream import ReadAhead
-from flashmoe.store.writer import StoreWriter, sha256_file
+from flashmoe.store.writer import StoreWriter
 
 # Between two lines of the journal; a killed run does again what it did since the last.
 STEP_SECONDS = 3.0
@@ -64,12 +64,12 @@ class Run:
         self._left = [0] * len(schedule.files)
         self._remaining_bytes = 0
         self._unnoted_bytes = 0
-        self._digest = Sha256()
+        self._digest = sha256()
+        self._hash = Hashing()
         self._hashing: Future[None] | None = None
         self._noting: Future[None] | None = None
         self._noted = time.monotonic()
         self._storing: dict[str, Future[str]] = {}
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="flashmoe-hash")
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="flashmoe-store-hash")
         self._noter = ThreadPoolExecutor(1, thread_name_prefix="flashmoe-journal")
 
@@ -82,8 +82,9 @@ class Run:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for pool in (self._hasher, self._checker, self._noter):
+        for pool in (self._checker, self._noter):
             pool.shutdown(cancel_futures=True)
+        self._hash.close()
 
     @property
     def crcs(self) -> memoryview:
@@ -111,11 +112,11 @@ class Run:
                     if index != current:
                         self._finish(current, finished)
                         current = self.progress.file = index
-                        self.progress.position, self._digest = 0, Sha256()
+                        self.progress.position, self._digest = 0, sha256()
                     self._put_group(group, content, maker)
                     self._wait_for_hash()
                     if self._is_hashed(index):
-                        self._hashing = self._hasher.submit(self._digest.update, content)
+                        self._hashing = self._hash.submit(self._digest, content)
                     self._advance_to(group)
                 self._finish(current, finished)
         except BaseException:
@@ -183,10 +184,11 @@ class Run:
         """The hash of a source file up to where the last run came."""
         position, state = self.progress.position, self.progress.state
         if position == 0 or not self._is_hashed(index):
-            return Sha256()
-        if state is not None:
-            return Sha256(state)
-        digest = Sha256()
+            return sha256()
+        digest = take_up(state) if state is not None else None
+        if digest is not None:
+            return digest
+        digest = sha256()
         for begin in range(0, position, HASHED_AGAIN_BYTES):
             content = np.empty(min(HASHED_AGAIN_BYTES, position - begin), np.uint8).data
             self._files[index].read_into(begin, content)
@@ -236,13 +238,13 @@ class Run:
         stretches = filled(content, offset) if self._may_leave_holes else [(0, len(content))]
         for begin, end in stretches:
             self._writer.write(layout.name, offset + begin, content[begin:end])
-        return zlib.crc32(content).to_bytes(4, "big")
+        return crc32(content).to_bytes(4, "big")
 
     def _hash_stored(self, file: int) -> None:
         name = self._schedule.files[file].name
         if name not in self.progress.stored:
             path = self._writer.folder / name
-            self._storing[name] = self._checker.submit(sha256_file, path)
+            self._storing[name] = self._checker.submit(self._hash.hash_file, path)
 
     def _advance_to(self, group: Group) -> None:
         self.progress.pieces = group.end_piece
@@ -303,7 +305,7 @@ class Run:
             self._storing.pop(name, None)
             progress.stored.pop(name, None)
         progress.pieces, progress.file, progress.position = first, index, 0
-        self._digest = Sha256()
+        self._digest = sha256()
 
     def _note(self, then: Callable[[Reached], None] | None = None) -> None:
         """Have what is whole put on disk and noted, meanwhile; `then` is told of it."""
