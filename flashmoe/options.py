@@ -17,12 +17,16 @@ DTYPES = ("auto", "float32", "stored")
 
 @dataclass(frozen=True)
 class Options:
-    """Options of `FlashMoEModel`; none but the last two changes what an exact kernel computes.
+    """Options of `FlashMoEModel`; none but the last two changes what an exact kernel computes,
+    up to the rounding of another prefill chunk.
 
     memory: one number for the whole process ("24GB", or bytes); by default three quarters
         of what the machine has free. cache: the bank alone, "min" being one token's needs.
     kernel: "auto", "cpu", "metal" or "reference". context: most tokens of prompt and answer
         together (default 4096, or the model's own limit where that is lower).
+    prefill_chunk: tokens of a prompt that are fed at once; by default as many as memory has room
+        for, 256 to 2048, and 256 where the bank's size alone is given. Logits are byte-equal
+        between memory sizes at the same chunk.
     dtype: "float32" widens 16-bit floats when they are loaded, "stored" keeps them;
         "auto" widens on CPUs, where MLX is several times faster in float32, and wherever the
         model's config states float32.
@@ -55,6 +59,7 @@ class Options:
     cache: str | int | None = None
     kernel: str = "auto"
     context: int | None = None
+    prefill_chunk: int | None = None
     dtype: str = "auto"
     reader: str = "auto"
     page_cache: bool | None = None
@@ -76,6 +81,8 @@ class Options:
         resolve_policy(self.policy)
         if self.context is not None and self.context < 1:
             raise OptionError(f"context must be at least 1 token, not {self.context}")
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise OptionError(f"a prefill chunk has at least 1 token, not {self.prefill_chunk}")
         if self.experts_per_token is not None and self.experts_per_token < 1:
             raise OptionError(f"experts per token must be at least 1, not {self.experts_per_token}")
         if not 0 <= self.route_bias < math.inf:

@@ -12,13 +12,14 @@ from typing import Any
 
 import psutil
 import pytest
+from checkpoints import save_speaking
 from commands import FLASHMOE, Run, assert_one_line
 
-from flashmoe import FlashMoEError, OptionError, engine
+from flashmoe import FlashMoEError, OptionError, engine, repack
 from flashmoe.bench import decode, disk, ladder, tune_reads
 from flashmoe.bench.cgroup import CgroupError
 from flashmoe.bench.decode import Asked, DecodePoint, DecodeReport, bench_decode, point_of
-from flashmoe.bench.figures import PassFigures
+from flashmoe.bench.figures import PassFigures, pass_figures
 from flashmoe.bench.ladder import STEPS, LadderReport, Rung, bench_ladder
 from flashmoe.bench.point import Point, PointRun, run_in_child, run_point
 from flashmoe.bench.prompts import PROMPTS
@@ -99,6 +100,22 @@ def test_answers_go_round_until_enough_is_decoded(demo_store: Path) -> None:
     assert len(taken.token_seconds) - max(map(len, taken.answers)) < 40
     # Greedy answers of a model that is exact at every bank size, whatever is in the bank.
     assert len({tuple(answer) for answer in taken.answers}) == 1
+
+
+@pytest.mark.parametrize(("context", "measured"), [(64, True), (9, False)])
+def test_computing_alone_where_caches_cannot_be_trimmed(
+    tmp_path: Path, context: int, measured: bool
+) -> None:
+    save_speaking(tmp_path / "checkpoint", "qwen3_next")
+    store = repack(tmp_path / "checkpoint", tmp_path / "hybrid.flashmoe")
+    asked = Asked(prompts=("t1 t2 t3 t4",), max_tokens=6, template=False)
+    options = Options(cache="min", context=context)
+    (taken,) = run_point(point_of(store, options, asked, ("cold",))).passes
+    assert len(taken.computing_seconds) == (2 * len(taken.answers) if measured else 0)
+    assert all(seconds > 0 for seconds in taken.computing_seconds)
+    figures = pass_figures(taken, 1e6)
+    assert (figures.compute_seconds is not None) is measured
+    assert (figures.overlap is not None) is measured
 
 
 def test_a_pass_that_takes_too_long_ends(demo_store: Path) -> None:

@@ -26,6 +26,7 @@ def test_spread() -> None:
         (2.0, 2.0, 3.0, 0.5),
         (2.0, 2.0, 5.0, -0.5),
         (2.0, 0.0, 2.0, None),
+        (2.0, 0.01, 2.5, None),  # of noise alone
     ],
 )
 def test_overlap(compute: float, read: float, wall: float, expected: float | None) -> None:

@@ -55,6 +55,17 @@ def test_no_chunk_beyond_the_context(context, chunks):
     assert found[0].chunk_tokens == chunks[0]
 
 
+def test_a_given_chunk():
+    found = prompt_plans(scratch, context=4096, group_bytes=10, most_records=2, chunk=300)
+    assert [(plan.chunk_tokens, plan.group_records) for plan in found] == [
+        (300, 0),
+        (300, 1),
+        (300, 2),
+    ]
+    [short, *_] = prompt_plans(scratch, context=200, group_bytes=10, most_records=0, chunk=300)
+    assert short.chunk_tokens == 200
+
+
 def test_no_group_beyond_the_experts_of_a_layer():
     assert sorted({plan.group_records for plan in plans(most_records=5)}) == [0, 1, 2, 4, 5]
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import mlx.core as mx
 import pytest
 from answers import HELLO, HELLO_ANSWER
 
@@ -29,6 +30,7 @@ except MemoryBudgetError as error:
         ({"context": 0}, "context .*0"),
         ({"context": -1}, "context .*-1"),
         ({"context": 2049}, "context .*2049"),
+        ({"prefill_chunk": 0}, "prefill chunk .*0"),
     ],
     ids=str,
 )
@@ -71,3 +73,34 @@ def test_a_cache_that_is_too_small_says_what_is_enough(demo_store):
     with FlashMoEModel.from_pretrained(demo_store, cache=least) as model:
         assert model.bank_bytes == least
         assert model.generate(HELLO) == HELLO_ANSWER
+
+
+def test_a_prefill_chunk_for_which_there_is_no_room(demo_store):
+    with pytest.raises(MemoryBudgetError) as error:
+        FlashMoEModel.from_pretrained(demo_store, memory="1MB", prefill_chunk=2048)
+    least = error.value.least_bytes
+    assert "or take a prefill chunk of fewer tokens than 2048" in str(error.value)
+    with FlashMoEModel.from_pretrained(demo_store, memory=least, prefill_chunk=2048) as model:
+        assert model.memory_plan.prompts.chunk_tokens == 2048
+        assert model.generate(HELLO) == HELLO_ANSWER
+    with pytest.raises(MemoryBudgetError) as error:
+        FlashMoEModel.from_pretrained(demo_store, cache=1000, prefill_chunk=2048)
+    assert "prefill" not in str(error.value)
+
+
+def test_the_prefill_chunk_decides_how_prompts_are_fed(demo_store):
+    """And with it their rounding, whatever the memory."""
+    ids = [7 * n % 500 for n in range(50)]
+    found = {}
+    for chunk in (16, 50):
+        for options in ({"cache": "min"}, {"memory": "2GB"}):
+            with FlashMoEModel.from_pretrained(demo_store, prefill_chunk=chunk, **options) as model:
+                assert model.memory_plan.prompts.chunk_tokens == chunk
+                state = model.session()._state
+                steps = []
+                logits = state.feed(ids, lambda done, total, steps=steps: steps.append(done))
+                assert {n for n in steps if n % chunk == 0} >= set(range(0, 49, chunk))
+                found.setdefault(chunk, []).append(logits)
+    for one, other in found.values():
+        assert mx.array_equal(one, other)
+    assert mx.allclose(found[16][0], found[50][0], atol=1e-3)

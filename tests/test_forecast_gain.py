@@ -41,8 +41,18 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 class Runs:
     """Runs of one model over the same tokens, and what they route to: [layer][token]."""
 
-    def __init__(self, store: Store, patch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self,
+        store: Store,
+        patch: pytest.MonkeyPatch,
+        slots: int = SLOTS,
+        prompt: int = PROMPT,
+        tokens: int = TOKENS,
+    ) -> None:
         self._store = store
+        self._slots, self._prompt, self._tokens = slots, prompt, tokens
+        # Whether a warm start reads every expert that there is room for.
+        self.preloads = False
         self._patch = patch
         self.record_bytes = store.manifest.layers[0].layout.record.stride
         self.routed: list[list[list[int]]] = [[] for _ in range(N_LAYERS)]
@@ -54,7 +64,7 @@ class Runs:
 
             model.observe_routing(note)
             stats = self._decode(model)
-        self.missed_bytes = stats.bytes_read / TOKENS
+        self.missed_bytes = stats.bytes_read / tokens
 
     def trial(self, guesses: Guesses, slowness: float) -> tuple[Trial, Stats]:
         """A run behind a disk that reads for `slowness` times as long as layers compute, with
@@ -108,14 +118,17 @@ class Runs:
     def _model(self, *, forecast: bool) -> FlashMoEModel:
         layouts = [layer.layout for layer in self._store.manifest.layers]
         slot_bytes = sum(demand.slot_bytes for demand in layer_demands(layouts, widen=False))
-        return FlashMoEModel(self._store, cache=SLOTS * slot_bytes, forecast=forecast)
+        return FlashMoEModel(self._store, cache=self._slots * slot_bytes, forecast=forecast)
 
-    @staticmethod
-    def _decode(model: FlashMoEModel) -> Stats:
-        """After a prompt; what the tokens took."""
-        ids = np.random.default_rng(1).integers(0, 128, PROMPT + TOKENS).tolist()
+    def _decode(self, model: FlashMoEModel) -> Stats:
+        """After a prompt, if there is one; what the tokens took."""
+        ids = np.random.default_rng(1).integers(0, 128, PROMPT + self._tokens).tolist()
         state = TokenState(model.model, model.live_stats, 64)
-        state.feed(ids[:PROMPT])
+        if self._prompt:
+            state.feed(ids[: self._prompt])
+        if self.preloads:
+            assert model._streaming is not None
+            model._streaming.preload([list(range(N_EXPERTS))] * N_LAYERS)
         before = model.stats()
         for token in ids[PROMPT:]:
             state.feed([token])
@@ -152,3 +165,20 @@ def test_guesses_that_are_never_right_cost_two_percent_at_most(runs: Runs, slown
     assert len(trial._times[True]) == len(trial._times[False]) == WINDOW
     kept = (slow if trial.on else fast) * HOLD / WINDOW
     assert (slow + fast + kept) / (fast * (2 * WINDOW + HOLD) / WINDOW) <= 1.02
+
+
+@pytest.mark.parametrize(("waits", "verdict"), [(True, True), (False, False)])
+def test_a_warm_start_has_no_say_in_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch, waits: bool, verdict: bool
+) -> None:
+    """Records on their way from a warm start leave guesses no room, so that with and without
+    them is the same but for the order of tokens; a trial that does not wait takes that for
+    guesses that do not pay."""
+    runs = Runs(store, monkeypatch, slots=7, prompt=0, tokens=45)
+    runs.preloads = True
+    if not waits:
+        monkeypatch.setattr(load.StreamingModel, "_preloads", lambda self: False)
+    trial, stats = runs.trial(lambda layer, token: runs.routed[layer + 1][token], 1.0)
+    assert stats.preloaded > N_LAYERS
+    assert [len(times) for times in trial._times.values()] == [WINDOW] * 2
+    assert trial.on is verdict

@@ -63,6 +63,29 @@ def test_a_diverging_turn_starts_anew_where_caches_cannot_be_trimmed(family):
     assert fed_when_diverging(resident_model(family), kept=9) == 9 + 5
 
 
+@pytest.mark.parametrize("family", [*RESTARTED, "llama4", "deepseek_v32"])
+def test_a_marked_place_can_be_come_back_to(family):
+    model = resident_model(family)
+    stats = Stats()
+    session = session_of(model, stats=stats)
+    answer(session, draw(1, 17))
+    known = session.mark()
+    for token in (7, 7, 9, 7):
+        before = stats.prompt_tokens
+        found = answer(session, [*known, token], 4)
+        assert stats.prompt_tokens == before + 1
+        assert found == answer(session_of(model), [*known, token], 4)
+
+
+def test_a_mark_behind_other_tokens_is_none():
+    session = session_of(resident_model("qwen3_next"))
+    answer(session, draw(1, 17))
+    known = session.mark()
+    other = [*known[:5], (known[5] + 1) % VOCABULARY, *known[6:]]
+    for ids in (other, [*known, 7], [*other, 7]):
+        assert answer(session, ids, 4) == answer(session_of(resident_model("qwen3_next")), ids, 4)
+
+
 @pytest.mark.parametrize("kept", [3, 13, 14, 15, 18, 22])
 def test_chunked_attention_forgets_what_it_has_dropped(kept):
     """llama4 attends within chunks of 8 tokens, and its cache drops what lies further back."""

@@ -11,6 +11,8 @@ from flashmoe.bench.point import Pass
 
 # As `flashmoe.phases` has them, in the order of tables and pictures.
 PHASES = ("computing", "experts", "reading", "host")
+# Of a token's time, what is too little to be hidden behind anything.
+NEGLIGIBLE = 1 / 100
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,13 @@ def overlap(compute_seconds: float, read_seconds: float, wall_seconds: float) ->
     """The share of the shorter of computing and reading that is hidden behind the other.
 
     0 when they follow one another, 1 when the shorter takes no time of its own; below 0 when
-    something else takes time. None when one of them takes none.
+    something else takes time. None when one of them takes next to none, of which no share can be
+    told.
     """
     shorter = min(compute_seconds, read_seconds)
-    return (compute_seconds + read_seconds - wall_seconds) / shorter if shorter > 0 else None
+    if shorter <= NEGLIGIBLE * wall_seconds:
+        return None
+    return (compute_seconds + read_seconds - wall_seconds) / shorter
 
 
 def pass_figures(taken: Pass, disk_bytes_per_second: float) -> PassFigures:

@@ -26,7 +26,7 @@ from flashmoe.streaming.telemetry import Stats
 
 # A pass that is over its seconds has decoded this many tokens all the same.
 LEAST_TOKENS = 8
-# How often an answer's last step is done again, after one time that does not count.
+# How often a step past an answer's end is done again, after one time that does not count.
 REPEATS = 2
 
 
@@ -58,7 +58,7 @@ class Pass:
     Per answer: the tokens, the seconds from the question to the first of them, the tokens of
     the prompt and the seconds it took to feed. Per decoded token (all but each answer's first):
     the seconds from one to the next. `decode` is what was counted while these were decoded.
-    `computing_seconds`: the last step of an answer, done again with all of its experts in the
+    `computing_seconds`: a step past an answer's end, done again with all of its experts in the
     bank; none where that cannot be done.
     """
 
@@ -227,13 +227,16 @@ class _Runner:
         taken.add(self._model.stats().since(before))
         # Without routing, a step reads what it needs every time.
         if len(answer) > 1 and point.parts["routed"]:
-            taken.computing_seconds += self._repeat_last(session, [*ids, *answer[:-1]])
+            taken.computing_seconds += self._repeat(session, answer[-1])
 
-    def _repeat_last(self, session: Session, fed: list[int]) -> Iterator[float]:
-        """Seconds of feeding the last of these tokens again, waiting for reads left out.
+    def _repeat(self, session: Session, token: int) -> Iterator[float]:
+        """Seconds of feeding one more token again and again, waiting for reads left out.
 
-        Its experts are in the bank from the time before. None where a cache cannot go back.
+        Its experts are in the bank from the time before. None where the context has no place.
         """
+        fed = [*session.mark(), token]
+        if len(fed) > self._model.context:
+            return
         for number in range(1 + REPEATS):
             before = self._model.stats()
             for _ in session.stream(fed, max_new_tokens=1):

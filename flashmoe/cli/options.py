@@ -47,6 +47,15 @@ Context = Annotated[
         show_default=False,
     ),
 ]
+PrefillChunk = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Tokens of a prompt that are fed at once. Default: as many as memory has room for, "
+        "256 to 2048.",
+        show_default=False,
+    ),
+]
 MaxTokens = Annotated[int, typer.Option(metavar="N", help="Most tokens of one answer.")]
 Temperature = Annotated[
     float, typer.Option("--temp", help="Sampling temperature; 0 takes the likeliest token.")
@@ -147,6 +156,7 @@ class EngineOptions:
     memory: Memory = None
     cache: Cache = None
     context: Context = None
+    prefill_chunk: PrefillChunk = None
     kernel: Kernel = "auto"
     reader: Reader = "auto"
     page_cache: PageCache = None

@@ -91,6 +91,12 @@ class Session:
         self._context = context
         self._state = TokenState(model, stats, chunk, before_step)
 
+    def mark(self) -> list[int]:
+        """Keep what it takes to feed other tokens behind those that were fed so far, and these
+        again, whatever the caches are; returns the ids that were fed."""
+        self._state.mark()
+        return list(self._state.ids)
+
     def stream(
         self,
         prompt: Prompt,

@@ -43,6 +43,15 @@ class TokenState:
         self._output_layers = output_layers(model)
         self._n_layers = sum(isinstance(m, StreamedExperts) for m in model.modules())
         self._torn = False
+        # How many ids were fed when it was set, and what each cache held that cannot be trimmed.
+        self._mark: tuple[int, list[dict[str, Any] | None]] | None = None
+
+    def mark(self) -> None:
+        """Keep copies of the caches that cannot be trimmed, as they are now, so that
+        `rewind_to_prefix_of` can come back to here; those of the mark before are dropped."""
+        kept = [None if _trims(cache) else _copied(vars(cache)) for cache in _flatten(self._cache)]
+        mx.eval(list(_arrays(kept)))
+        self._mark = (len(self.ids), kept)
 
     def rewind_to_prefix_of(self, ids: Sequence[int]) -> int:
         """Forget what is no prefix of `ids` (keeping at least its last token unfed); returns
@@ -53,11 +62,14 @@ class TokenState:
                 break
             keep += 1
         surplus = len(self.ids) - keep
-        if self._torn or (surplus and not self._trim(surplus)):
+        if self._torn or (surplus and not (self._trim(surplus) or self._return(keep))):
             self._cache = make_prompt_cache(self._model)
             self.ids.clear()
             self._torn = False
+            self._mark = None
             return 0
+        if self._mark is not None and keep < self._mark[0]:
+            self._mark = None
         del self.ids[keep:]
         return keep
 
@@ -123,11 +135,41 @@ class TokenState:
             self._stats.after_layer = None
 
     def _trim(self, count: int) -> bool:
-        # A cache that has dropped tokens from its front cannot go back to where they count.
-        dropped = any(getattr(cache, "start_position", 0) for cache in _flatten(self._cache))
-        if dropped or not can_trim_prompt_cache(self._cache):
+        if not all(map(_trims, _flatten(self._cache))) or not can_trim_prompt_cache(self._cache):
             return False
         return bool(trim_prompt_cache(self._cache, count) == count)
+
+    def _return(self, keep: int) -> bool:
+        """Go back to the mark, if that is where `keep` ids had been fed."""
+        if self._mark is None or self._mark[0] != keep:
+            return False
+        pairs = list(zip(_flatten(self._cache), self._mark[1], strict=True))
+        if not all(kept is not None or _trims(cache) for cache, kept in pairs):
+            return False
+        for cache, kept in pairs:
+            if kept is None:
+                cache.trim(len(self.ids) - keep)
+            else:
+                # Copies once more: caches are written to in place.
+                vars(cache).update(_copied(kept))
+        mx.eval([layer.state for layer in self._cache])
+        return True
+
+
+def _trims(cache: Any) -> bool:
+    """Whether a cache can forget its last tokens; not one that has dropped tokens from its
+    front, which cannot go back to where they count."""
+    return bool(cache.is_trimmable() and not getattr(cache, "start_position", 0))
+
+
+def _copied(tree: Any) -> Any:
+    if isinstance(tree, mx.array):
+        return mx.array(tree)
+    if isinstance(tree, list | tuple):
+        return type(tree)(_copied(item) for item in tree)
+    if isinstance(tree, dict):
+        return {name: _copied(item) for name, item in tree.items()}
+    return tree
 
 
 def _flatten(caches: Sequence[Any]) -> Iterator[Any]:
@@ -142,8 +184,8 @@ def _flatten(caches: Sequence[Any]) -> Iterator[Any]:
 def _arrays(tree: Any) -> Iterator[mx.array]:
     if isinstance(tree, mx.array):
         yield tree
-    elif isinstance(tree, list | tuple):
-        for item in tree:
+    elif isinstance(tree, list | tuple | dict):
+        for item in tree.values() if isinstance(tree, dict) else tree:
             yield from _arrays(item)
 
 

@@ -11,7 +11,7 @@ from flashmoe import machine
 from flashmoe.checkpoint.architecture import Routing
 from flashmoe.checkpoint.caches import STEP_TOKENS, cache_bytes
 from flashmoe.checkpoint.config import Config, largest
-from flashmoe.errors import OptionError
+from flashmoe.errors import MemoryBudgetError, OptionError
 from flashmoe.model.load import StreamingModel
 from flashmoe.options import Options
 from flashmoe.store.layout import LayerLayout
@@ -118,21 +118,31 @@ def plan_model(needs: Needs, options: Options) -> budget.MemoryPlan:
         return staging_bytes + needs.scratch_bytes(chunk, needs.context, swept=swept)
 
     kv_bytes = needs.kv_bytes(needs.context)
-    return budget.plan_memory(
-        total_bytes=total_bytes,
-        bank_bytes=bank_bytes,
-        process_bytes=machine.resident_set_bytes() + budget.SLACK_BYTES,
-        resident_bytes=budget.resident_bytes(needs.manifest, needs.widen),
-        kv_bytes=kv_bytes,
-        prompts=budget.prompt_plans(
-            scratch,
-            context=needs.context,
-            group_bytes=budget.group_bytes(needs.layouts, needs.widen_records),
-            most_records=max(layout.n_experts for layout in needs.layouts),
-        ),
-        demands=needs.demands,
-        lendable_bytes=kv_bytes - needs.kv_bytes(1),
-    )
+    try:
+        return budget.plan_memory(
+            total_bytes=total_bytes,
+            bank_bytes=bank_bytes,
+            process_bytes=machine.resident_set_bytes() + budget.SLACK_BYTES,
+            resident_bytes=budget.resident_bytes(needs.manifest, needs.widen),
+            kv_bytes=kv_bytes,
+            prompts=budget.prompt_plans(
+                scratch,
+                context=needs.context,
+                group_bytes=budget.group_bytes(needs.layouts, needs.widen_records),
+                most_records=max(layout.n_experts for layout in needs.layouts),
+                chunk=options.prefill_chunk,
+            ),
+            demands=needs.demands,
+            lendable_bytes=kv_bytes - needs.kv_bytes(1),
+        )
+    except MemoryBudgetError as error:
+        of_bank = bank_bytes is not None and bank_bytes < budget.least_bank_bytes(needs.demands)
+        if options.prefill_chunk is None or of_bank:
+            raise
+        raise MemoryBudgetError(
+            f"{error}, or take a prefill chunk of fewer tokens than {options.prefill_chunk}",
+            error.least_bytes,
+        ) from None
 
 
 def govern(

@@ -150,14 +150,16 @@ def prompt_plans(
     context: int,
     group_bytes: int,
     most_records: int,
+    chunk: int | None = None,
 ) -> list[PromptPlan]:
     """The ways to feed prompts of up to `context` tokens, the least demanding first.
 
-    First the staging groups grow, up to `most_records` (the experts of a layer), then the chunk.
+    First the staging groups grow, up to `most_records` (the experts of a layer), then the chunk,
+    unless it is given.
     `scratch(chunk, swept)` is what a chunk needs, `group_bytes` one record in both groups.
     """
-    chunks = [min(LEAST_CHUNK_TOKENS, context)]
-    while chunks[-1] < min(MOST_CHUNK_TOKENS, context):
+    chunks = [min(chunk or LEAST_CHUNK_TOKENS, context)]
+    while chunk is None and chunks[-1] < min(MOST_CHUNK_TOKENS, context):
         chunks.append(min(2 * chunks[-1], MOST_CHUNK_TOKENS, context))
     groups = sorted({min(records, most_records) for records in GROUP_RECORDS})
     steps = [(chunks[0], records) for records in groups]
