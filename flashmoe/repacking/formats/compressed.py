@@ -61,12 +61,12 @@ def present(packed: Packed) -> Presentation:
     widths = _Widths(packed)
     layers: list[Layer] = []
     codes: dict[str, StandIn] = {}
-    unpacked_codes = dict(floats.stand_ins)
+    unpacked = dict(floats.stand_ins)
     hidden = set(floats.hidden)
     for path in paths_of(packed.tensors, PACKED):
         if path + GLOBAL_SCALE in packed.tensors:
             names = (path + PACKED, f"{path}.weight_scale", path + GLOBAL_SCALE)
-            unpacked_codes[f"{path}.weight"] = nvfp4.floats_of(packed, names, mx.divide)
+            unpacked[f"{path}.weight"] = nvfp4.floats_of(packed, names, mx.divide)
         elif packed.tensors[path + PACKED].dtype == "U8":
             codes |= _mxfp4(packed, path)
         else:
@@ -78,7 +78,7 @@ def present(packed: Packed) -> Presentation:
             hidden |= {path + part for part in PARTS}
     integers = presentation_of(packed, layers, hidden)
     config = {"quantization_config": None, "quantization": MXFP4} if codes else integers.config
-    stand_ins = {**unpacked_codes, **integers.stand_ins, **codes}
+    stand_ins = {**unpacked, **integers.stand_ins, **codes}
     return Presentation(stand_ins, frozenset(hidden), config)
 
 
