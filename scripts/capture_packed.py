@@ -1,6 +1,6 @@
 """Capture checkpoints that other packages pack: AWQ, GPTQ and bitsandbytes.
 
-Two kinds of files come out, all tiny. `linears.safetensors` has single layers of every variant with
+Two kinds of files come out, all tiny. `packed_layers` has single layers of every variant with
 the floats that the format's own package makes of them. A folder per format is a mixture-of-experts
 checkpoint, with logits of Hugging Face transformers for those floats in float32.
 
@@ -11,7 +11,7 @@ The packing, and the floats, are by the packages themselves, on the CPU:
   the identity; `gptq_v2` differs by one in each zero, as GPTQModel 7.7.0 converts it;
 - bitsandbytes 0.50.2: its functions, and `QuantState` for the names of the tensors. Its generic
   dequantizing is taken, which is also its CPU kernel's where rows hold whole blocks; elsewhere that
-  kernel is wrong (off by more than half of the largest weight), unlike the one for CUDA.
+  kernel is not what it packs (it is off by more than half of the largest weight).
 
 AutoAWQ's and AutoGPTQ's calibration and kernels want a GPU and are not used: weights are random and
 rounded to nearest here. Neither package can be imported whole beside a new transformers, so that
@@ -20,7 +20,7 @@ their modules are imported without the packages' own `__init__`.
 This script needs torch, transformers, and the three packages (`pip install --no-deps`). It knows
 nothing of mlx or of flashmoe.
 
-    python scripts/capture_packed.py [--out tests/packed]
+    python scripts/capture_packed.py [--out tests/formats]
 """
 
 import argparse
@@ -211,7 +211,7 @@ def bnb_settings(kind: str | None, nested: bool = False) -> dict[str, object]:
     }
 
 
-def linears() -> tuple[Tensors, dict[str, dict[str, object]]]:
+def layers() -> tuple[Tensors, dict[str, dict[str, object]]]:
     """Layers of every variant by name, their floats as `NAME.reference`, and their settings.
     Floats that would be large are their last rows."""
     generator = torch.Generator().manual_seed(0)
@@ -274,18 +274,22 @@ def models() -> dict[
     shrunk(deepseek, first_k_dense_replace=0, num_hidden_layers=1, tie_word_embeddings=False)
     ordered = shrunk(attention.qwen3_moe(), num_experts=4, num_hidden_layers=1, mlp_only_layers=[])
     return {
-        "awq": (
+        "awq_qwen3_moe": (
             qwen,
             awq_settings("gemm", GROUP),
             lambda weight: awq(weight, dtype=torch.float32),
         ),
-        "gptq": (mixtral, gptq_settings(), lambda weight: gptq(weight, dtype=torch.float32)),
-        "gptq_act_order": (
+        "gptq_mixtral": (
+            mixtral,
+            gptq_settings(),
+            lambda weight: gptq(weight, dtype=torch.float32),
+        ),
+        "gptq_act_order_qwen3_moe": (
             ordered,
             gptq_settings(sym=False, act_order=True),
             lambda weight: gptq(weight, sym=False, act_order=True),
         ),
-        "bnb_nf4": (
+        "bnb_deepseek_v3": (
             deepseek,
             bnb_settings("nf4", True),
             lambda weight: bnb(weight, "nf4", True, torch.bfloat16),
@@ -328,7 +332,7 @@ def capture(
     prompt = torch.randint(VOCAB_SIZE, (PROMPT_TOKENS,), generator=torch.Generator().manual_seed(1))
     logits = model(input_ids=prompt[None], use_cache=False).logits[0].float()
     save_file(tensors, path, {"format": "pt"})
-    golden = {"prompt": prompt.int(), "prompt_logits": logits.contiguous()}
+    golden = {"prompt": prompt.int(), "logits": logits.contiguous()}
     save_file(golden, folder / "golden.safetensors")
     (folder / "generation_config.json").unlink(missing_ok=True)
     stated = json.loads((folder / "config.json").read_text())
@@ -340,19 +344,23 @@ def capture(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("tests/packed"))
+    parser.add_argument("--out", type=Path, default=Path("tests/formats"))
     out = parser.parse_args().out
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     with torch.inference_mode():
-        tensors, settings = linears()
+        tensors, settings = layers()
         metadata = {name: json.dumps(own) for name, own in settings.items()}
-        save_file(tensors, out / "linears.safetensors", metadata)
+        folder = out / "packed_layers"
+        folder.mkdir(exist_ok=True)
+        save_file(tensors, folder / "layers.safetensors", metadata)
+        (folder / "layers.safetensors").chmod(0o644)
+        written = [folder / "layers.safetensors"]
         for name, (config, own, pack) in models().items():
             capture(out / name, config, own, pack)
-    for path in sorted(out.rglob("*")):
-        if path.is_file():
-            print(f"{path.relative_to(out)!s:40}{path.stat().st_size:8}")
+            written += sorted((out / name).iterdir())
+    for path in written:
+        print(f"{path.relative_to(out)!s:40}{path.stat().st_size:8}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,8 +20,8 @@ from flashmoe.repacking.formats.select import present
 FORMATS = Path(__file__).parent / "formats"
 
 
-def presentation_of(folder: Path) -> Presentation:
-    """What mlx-lm is to see of a checkpoint."""
+def presentation_of(folder: Path, modules: Collection[str] | None = None) -> Presentation:
+    """What mlx-lm is to see of a checkpoint, if its model has these modules."""
     checkpoint = resolve(folder)
     tensors = check_files(checkpoint)
 
@@ -32,7 +32,7 @@ def presentation_of(folder: Path) -> Presentation:
         return bytes(content)
 
     infos = {name: tensor.info for name, tensor in tensors.items()}
-    return present(folder, folder.name, read_config(folder), infos, read)
+    return present(folder, folder.name, read_config(folder), infos, read, modules)
 
 
 def unpacked(folder: Path) -> dict[str, mx.array]:

@@ -49,8 +49,9 @@ def load_lazily(
     what the family expects.
     """
     stated = read_config(checkpoint.folder)
-    presentation = present(checkpoint.folder, checkpoint.where, stated, tensors, read)
-    _, config = build_model(stated)
+    model, config = build_model(stated)
+    modules = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    presentation = present(checkpoint.folder, checkpoint.where, stated, tensors, read, modules)
     config.update(presentation.config)
     if config.get("quantize_activations"):
         raise SourceError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from flashmoe.repacking.rows import UnknownOperation, rows
 from flashmoe.repacking.step import Step
 from flashmoe.store.layout import safetensors_header
 
+# Values of a piece that needs as much of the source as its neighbours do.
+MIXED_VALUES = 32 * 2**20
 # Source bytes of a piece, unless a single row has more.
 PIECE_BYTES = 8 * 2**20
 
@@ -233,9 +236,11 @@ def _blocks(
     if n_rows == 0 or not any(sink.row_bytes for sink in parameter.sinks):
         return
     total = _needed(graph, value, 0, n_rows, tensors)
-    # What one row needs is what all rows need where an operation mixes them.
+    # What one row needs is what all rows need where an operation mixes them; it is read once.
     if n_rows > 1 and _needed(graph, value, 0, 1, tensors) > 2 * total // n_rows:
-        yield 0, n_rows
+        step = max(1, n_rows * MIXED_VALUES // max(math.prod(graph.arrays[value].shape), 1))
+        for row in range(0, n_rows, step):
+            yield row, min(row + step, n_rows)
         return
     step = max(1, n_rows * PIECE_BYTES // max(total, 1))
     bounds = _joints(graph, value, n_rows)

@@ -17,7 +17,7 @@ import mlx.core as mx
 from flashmoe.dtypes import FLOATING, MLX_DTYPES
 from flashmoe.errors import SourceError
 from flashmoe.repacking.formats.contract import Packed, Presentation, StandIn, all_rows
-from flashmoe.repacking.formats.words import WORD_BITS, unpacked
+from flashmoe.repacking.formats.words import WORD_BITS, unpacked_columns
 from flashmoe.repacking.step import Step
 
 MLX_GROUPS = (128, 64, 32)
@@ -98,14 +98,15 @@ class Layer:
     ) -> mx.array:
         if index is None:
             index = mx.arange(self.d_in, dtype=mx.uint32) // self.group
-        rows = max(1, CHUNK_WEIGHTS // self.d_in)
+        n_columns = max(1, CHUNK_WEIGHTS // self.d_in)
         parts = []
-        for begin in range(0, words.shape[0], rows):
-            own = slice(begin, begin + rows)
-            codes = unpacked(words[own], self.bits).astype(mx.float32)
-            zero = mx.take(zeros[own].astype(mx.float32), index, axis=1)
-            scale = mx.take(scales[own].astype(mx.float32), index, axis=1)
-            parts.append(((codes - zero) * scale).astype(MLX_DTYPES[self.dtype]))
+        for begin in range(0, words.shape[0], n_columns):
+            # By columns, as they came: it is fewer and longer copies.
+            own = slice(begin, begin + n_columns)
+            codes = unpacked_columns(mx.contiguous(words[own].T), self.bits).astype(mx.float32)
+            zero = mx.take(zeros[own].T.astype(mx.float32), index, axis=0)
+            scale = mx.take(scales[own].T.astype(mx.float32), index, axis=0)
+            parts.append(((codes - zero) * scale).astype(MLX_DTYPES[self.dtype]).T)
         return mx.concatenate(parts)
 
 
@@ -115,18 +116,31 @@ def _biases(repeats: int, scales: mx.array, zeros: mx.array) -> mx.array:
 
 
 def presentation_of(packed: Packed, layers: Sequence[Layer], hidden: set[str]) -> Presentation:
-    """All layers as MLX has them if MLX has all of them so, all as floats otherwise."""
-    is_mlx = all(layer.mlx_group is not None for layer in layers) and _stack(layers)
+    """All layers as MLX has them if MLX has all of them so, all as floats otherwise.
+
+    A layer that mlx-lm's model has not becomes floats in any case: what the family's `sanitize`
+    makes of that (attention that absorbs a projection) would be packed once more.
+    """
+    kept = [layer for layer in layers if _is_module(packed, layer.path)]
+    if not kept or any(layer.mlx_group is None for layer in kept) or not _stack(kept):
+        kept = []
+    paths = {layer.path for layer in kept}
     stand_ins: dict[str, StandIn] = {}
     for layer in layers:
-        stand_ins |= layer.packed() if is_mlx else layer.floats()
-    if not is_mlx or not layers:
+        stand_ins |= layer.packed() if layer.path in paths else layer.floats()
+    if not kept:
         return Presentation(stand_ins, frozenset(hidden))
-    first = layers[0]
-    stated = {"bits": first.bits, "group_size": first.mlx_group}
+    stated = {"bits": kept[0].bits, "group_size": kept[0].mlx_group}
     return Presentation(
         stand_ins, frozenset(hidden), {"quantization_config": None, "quantization": stated}
     )
+
+
+def _is_module(packed: Packed, path: str) -> bool:
+    """Whether mlx-lm's model has a module of a layer's name, or, for an expert, one for all."""
+    if packed.modules is None or _EXPERT.search(path):
+        return True
+    return path.rpartition(".")[2] in packed.modules
 
 
 def _stack(layers: Sequence[Layer]) -> bool:
@@ -205,5 +219,5 @@ def group_size(packed: Packed, path: str, d_in: int, n_groups: int) -> int:
 
 
 def paths_of(tensors: Mapping[str, object], ending: str) -> list[str]:
-    """What comes before `ending` in the names of the tensors that have it."""
-    return [name.removesuffix(ending) for name in tensors if name.endswith(ending)]
+    """What comes before `ending` in the names of the tensors that have it, sorted."""
+    return sorted(name.removesuffix(ending) for name in tensors if name.endswith(ending))

@@ -39,7 +39,7 @@ DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 # As a single is nearest to 1 / 127, which bitsandbytes multiplies with.
 INT8_STEP = 7.874015718698502e-3
 
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def present(packed: Packed) -> Presentation:
@@ -92,8 +92,8 @@ class _State:
 
 
 def _state(packed: Packed, name: str, kind: str, known: dict[tuple[Any, ...], _State]) -> _State:
-    """What the first weight of this name but for numbers, and of this size, says of itself. That
-    others say the same is checked when they are made."""
+    """What the first weight of this name, but for its layer and expert, and of this size says of
+    itself. That others say the same is checked when they are made."""
     scales = packed.tensors.get(f"{name}.absmax")
     if name not in packed.tensors or scales is None:
         lacking = f"{name}.absmax" if name in packed.tensors else name
@@ -190,11 +190,14 @@ class _Weight:
         first, n = begin * d_in, (end - begin) * d_in
         if nested:
             skipped = first // block % self.state.nested_block
-            scales = _spread(nested[0], self.state.nested_block, skipped, absmax.size)
-            absmax = mx.take(nested[1], absmax) * scales + self._offset(state)
-        flat = codes.reshape(-1, 1)
-        flat = mx.concatenate([flat >> 4, flat & 15], axis=1).reshape(-1)[first % 2 : first % 2 + n]
-        floats = mx.take(values, flat) * _spread(absmax, block, first % block, n)
+            found = mx.take(nested[1], absmax)
+            absmax = scaled(found, nested[0], self.state.nested_block, skipped)
+            absmax = absmax + self._offset(state)
+        # Both values of a byte are looked up at once.
+        bytes_ = mx.arange(256)
+        pairs = mx.stack([mx.take(values, bytes_ >> 4), mx.take(values, bytes_ & 15)], axis=1)
+        found = mx.take(pairs.view(mx.int64).reshape(-1), codes.reshape(-1)).view(mx.float32)
+        floats = scaled(found[first % 2 : first % 2 + n], absmax, block, first % block)
         return floats.astype(MLX_DTYPES[self.state.dtype]).reshape(end - begin, d_in)
 
     def _offset(self, state: mx.array) -> mx.array:
@@ -212,9 +215,12 @@ class _Weight:
             raise SourceError(f"{where} is not what tensors of its kind and size say")
 
 
-def _spread(scales: mx.array, block: int, skipped: int, n: int) -> mx.array:
-    """One scale for each of `n` codes, `skipped` codes of the first block being elsewhere."""
-    return mx.repeat(scales, min(block, skipped + n))[skipped : skipped + n]
+def scaled(values: mx.array, scales: mx.array, block: int, skipped: int) -> mx.array:
+    """Values [n] times the scale of their block, `skipped` of the first block being elsewhere."""
+    n = values.size
+    if skipped == 0 and n % block == 0:
+        return (values.reshape(-1, block) * scales[:, None]).reshape(n)
+    return values * mx.repeat(scales, min(block, skipped + n))[skipped : skipped + n]
 
 
 def _bytes(array: mx.array) -> bytes:

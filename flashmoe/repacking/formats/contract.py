@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +19,15 @@ class Packed:
     """A checkpoint as a format sees it: `settings` is its `quantization_config`, `config` all of
     config.json, `tensors` every tensor of its files by name. `where` is what errors call it.
     `read` gives the bytes of a tensor, for the few that say what others are: each may be a
-    request of the Hub."""
+    request of the Hub. `modules` has the last names of the modules of mlx-lm's model, None where
+    nobody knows them."""
 
     where: str
     settings: Mapping[str, Any]
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     read: Callable[[str], bytes]
+    modules: Collection[str] | None = None
 
 
 @dataclass(frozen=True)

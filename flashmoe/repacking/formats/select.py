@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +52,15 @@ def present(
     config: Config,
     tensors: Mapping[str, TensorInfo],
     read: Callable[[str], bytes],
+    modules: Collection[str] | None = None,
 ) -> Presentation:
     """What mlx-lm is to see of a checkpoint with these tensors, the bytes of which `read` gives,
-    and this config, whose small files are in `folder`.
+    and this config, whose small files are in `folder`. `modules` as in Packed.
 
     Raises SourceError, which names `where`, for a format that nobody here reads.
     """
     settings = quantization_of(folder, config)
-    packed = Packed(where, settings, config, tensors, read)
+    packed = Packed(where, settings, config, tensors, read, modules)
     # What MLX packed is for mlx-lm to read.
     chosen = None if config.get("quantization") else _format_of(packed)
     presentation = chosen.present(packed) if chosen is not None else AS_IT_IS

@@ -34,14 +34,27 @@ def awq_unpacked(words: mx.array) -> mx.array:
     return ((words[..., None] >> shifts) & 15).reshape(*words.shape[:-1], -1)
 
 
+def unpacked_columns(words: mx.array, bits: int) -> mx.array:
+    """uint32 codes [n * 32 / bits, columns] of words [n, columns], streams down each column."""
+    mask, n = (1 << bits) - 1, words.shape[1]
+    if WORD_BITS % bits:
+        return unpacked(words.T, bits).T
+    shifts = mx.arange(0, WORD_BITS, bits, dtype=mx.uint32)
+    return ((words[:, None] >> shifts[:, None]) & mask).reshape(-1, n)
+
+
 def awq_turned(words: mx.array) -> mx.array:
     """MLX's uint32 words [8 * n, d_in / 8] of AWQ's, [d_in, n], which have the outputs of one
     input side by side: every 8 by 8 codes change places."""
     d_in, n = words.shape
-    shifts = mx.arange(0, WORD_BITS, 4, dtype=mx.uint32)
-    rows = []
-    for column in range(len(AWQ_ORDER)):
-        codes = (words >> (4 * AWQ_ORDER.index(column))) & 15
-        placed = codes.reshape(d_in // 8, 8, n) << shifts[:, None]
-        rows.append(placed.sum(axis=1).astype(mx.uint32))
-    return mx.stack(rows, axis=-1).reshape(d_in // 8, 8 * n).T
+    blocks = words.reshape(d_in // 8, 8, n)
+    rows = [blocks[:, row] for row in range(8)]
+    # Halves of the square that face each other across its diagonal, then halves of those.
+    for half, kept in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
+        for row in range(8):
+            if row & half == 0:
+                upper, lower, shift = rows[row], rows[row + half], 4 * half
+                rows[row] = (upper & kept) | ((lower & kept) << shift)
+                rows[row + half] = ((upper >> shift) & kept) | (lower & (kept << shift))
+    outputs = [rows[AWQ_ORDER.index(column)] for column in range(8)]
+    return mx.stack(outputs, axis=-1).reshape(d_in // 8, 8 * n).T
