@@ -10,15 +10,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import GOLDEN, Tensor, file_tensors, store_tensors
+from checkpoints import GOLDEN, Tensor, as_tensor, file_tensors, store_tensors
 from format_cases import FORMATS, presentation_of, save_tensors
 
 from flashmoe import repack
 from flashmoe.checkpoint.headers import read_header
 from flashmoe.dtypes import MLX_DTYPES, array_bytes
+from flashmoe.kernels.packing import pack_codes
 from flashmoe.repacking import schedule
 from flashmoe.repacking.formats.bitsandbytes import _State, _state
 from flashmoe.repacking.formats.contract import Packed
+from flashmoe.repacking.formats.words import awq_unpacked
 
 KV_B = "model.layers.1.self_attn.kv_b_proj"
 Random = Callable[[str, tuple[int, ...]], Tensor]
@@ -133,6 +135,29 @@ def test_digits_of_a_name_are_not_those_of_an_expert() -> None:
     shapes = [_state(packed, name, "nf4", known).shape for name in names]
     assert shapes == [(32, 64), (64, 32)] * 4
     assert len(asked) == 2
+
+
+def test_gemv_is_another_layout_of_the_same(source: Path, dest: Path, tmp_path: Path) -> None:
+    gemm = FORMATS / "awq_qwen3_moe"
+    presentation = presentation_of(gemm)
+    arrays = mx.load(str(gemm / "model.safetensors"))
+    seen = presentation.of(arrays)
+    tensors = {n: as_tensor(array) for n, array in seen.items() if n not in presentation.stand_ins}
+    for path in sorted(n.removesuffix(".scales") for n in seen if n.endswith(".scales")):
+        scales = mx.pad(seen[f"{path}.scales"], [(0, 0), (0, 32 - seen[f"{path}.scales"].shape[1])])
+        zeros = mx.pad(awq_unpacked(arrays[f"{path}.qzeros"].view(mx.uint32)).T, [(0, 0), (0, 32)])
+        tensors[f"{path}.scales"] = as_tensor(scales)
+        tensors[f"{path}.qzeros"] = as_tensor(pack_codes(zeros[:, :32], 4).view(mx.int32))
+        tensors[f"{path}.qweight"] = as_tensor(seen[f"{path}.weight"].view(mx.int32))
+    source.mkdir()
+    save_tensors(source / "model.safetensors", tensors)
+    config = json.loads((gemm / "config.json").read_text())
+    # Older checkpoints of AutoAWQ have their settings in a file of their own.
+    stated = config.pop("quantization_config")
+    own = {"zero_point": True, "q_group_size": stated["group_size"], "w_bit": 4, "version": "GEMV"}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "quant_config.json").write_text(json.dumps(own))
+    assert store_tensors(repack(source, dest)) == store_tensors(repack(gemm, tmp_path / "gemm"))
 
 
 @pytest.mark.parametrize("case", ["awq_qwen3_moe", "gptq_mixtral", "gptq_act_order_qwen3_moe"])
