@@ -3,8 +3,8 @@
 For each case this writes the checkpoint as its publishers lay it out, the SHA-256 of each weight
 as transformers or compressed-tensors unpacks it, and the logits of the unpacked model in float32.
 
-This script needs torch, transformers, accelerate and compressed-tensors. It knows nothing of mlx
-or of flashmoe, which is what makes its files independent of the code they test.
+This script needs torch, transformers, accelerate, compressed-tensors and nvidia-modelopt. It knows
+nothing of mlx or of flashmoe, which is what makes its files independent of the code they test.
 
     python scripts/capture_formats.py [CASE ...] [--out tests/formats]
 """
@@ -24,6 +24,7 @@ from capture_golden import randomize
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from golden_shared import COMMON, default_rope
+from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -202,7 +203,13 @@ def scheme_of(name: str) -> QuantizationScheme | None:
         "q_proj": {"type": "float", "num_bits": 8, "strategy": "channel"},
         "k_proj": {**integer, "num_bits": 8, "strategy": "channel"},
         "v_proj": {"type": "int", "symmetric": False, "num_bits": 8, "strategy": "channel"},
-        "o_proj": {**integer, "num_bits": 8, "strategy": "channel"},
+        "o_proj": {
+            "type": "float",
+            "num_bits": 4,
+            "strategy": "tensor_group",
+            "group_size": 16,
+            "scale_dtype": torch.float8_e4m3fn,
+        },
     }.get(name.split(".")[-2])
     if scheme is None:
         return None
@@ -217,7 +224,7 @@ COMPRESSED = {
     "q_proj": "float-quantized",
     "k_proj": "int-quantized",
     "v_proj": "pack-quantized",
-    "o_proj": "pack-quantized",
+    "o_proj": "nvfp4-pack-quantized",
 }
 
 
@@ -231,6 +238,10 @@ def scales_of(weight: torch.Tensor, scheme: QuantizationScheme) -> Tensors:
         zero = (-128 - low / scale.float()).round().clamp(-128, 127).to(torch.int8)
         return {"weight_scale": scale, "weight_zero_point": zero}
     largest = groups.abs().amax(-1)
+    if args.group_size == 16:
+        whole = (448 * 6 / largest.max()).reshape(1)
+        scale = (whole * largest / 6).to(torch.float8_e4m3fn).float()
+        return {"weight_scale": scale, "weight_global_scale": whole}
     if args.type == "float" and args.num_bits == 4:
         return {"weight_scale": (largest / 6).log2().ceil().exp2().bfloat16()}
     limit = 448 if args.type == "float" else 2 ** (args.num_bits - 1) - 1
@@ -295,6 +306,27 @@ def mxfp4_gpt_oss(folder: Path, prompt: torch.Tensor) -> tuple[Tensors, torch.Te
     return unpacked, logits_of(folder, prompt)
 
 
+def nvfp4(folder: Path) -> None:
+    """A layer as ModelOpt has it, and as its code unpacks it to bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(256, (8, 32), generator=generator, dtype=torch.uint8)
+    codes[0] = torch.arange(32) * 8
+    scales = torch.rand(8, 4, generator=generator).mul(448).to(torch.float8_e4m3fn)
+    whole = torch.tensor(0.00037)
+    tensor = NVFP4QTensor((8, 64), torch.bfloat16, codes)
+    unpacked = tensor.dequantize(
+        scale=scales, double_scale=whole, block_sizes={-1: 16}, dtype=torch.bfloat16
+    )
+    tensors = {
+        "x.weight": codes,
+        "x.weight_scale": scales,
+        "x.weight_scale_2": whole,
+        "x.input_scale": torch.tensor(0.5),
+        "unpacked": unpacked,
+    }
+    save_file(tensors, folder / "modelopt.safetensors")
+
+
 def fp8_scales(folder: Path) -> None:
     """Tensors of every kind of scale in `scales.safetensors`: codes x, scales x_scale_inv, and
     x_unpacked as transformers unpacks them."""
@@ -324,7 +356,6 @@ def fp8_scales(folder: Path) -> None:
             codes, scale, output_dtype=torch.float32
         )
     save_file(tensors, folder / "scales.safetensors")
-    (folder / "scales.safetensors").chmod(0o644)
 
 
 CASES: dict[str, Callable[[Path, torch.Tensor], tuple[Tensors, torch.Tensor]]] = {
@@ -335,7 +366,8 @@ CASES: dict[str, Callable[[Path, torch.Tensor], tuple[Tensors, torch.Tensor]]] =
 }
 
 
-FP8_SCALES = "fp8_scales"
+# Single tensors, of no model.
+TENSORS: dict[str, Callable[[Path], None]] = {"fp8_scales": fp8_scales, "nvfp4": nvfp4}
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -346,9 +378,15 @@ def capture(name: str, out: Path) -> None:
     folder = out / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    if name == FP8_SCALES:
-        fp8_scales(folder)
-        return
+    if name in TENSORS:
+        TENSORS[name](folder)
+    else:
+        capture_model(name, folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)
+
+
+def capture_model(name: str, folder: Path) -> None:
     prompt = torch.randint(64, (PROMPT_TOKENS,), generator=torch.Generator().manual_seed(1))
     unpacked, logits = CASES[name](folder, prompt)
     digests = {name: digest(tensor) for name, tensor in sorted(unpacked.items())}
@@ -358,23 +396,21 @@ def capture(name: str, out: Path) -> None:
         golden["v_proj"] = unpacked["model.layers.0.self_attn.v_proj.weight"]
     save_file(golden, folder / "golden.safetensors")
     (folder / "generation_config.json").unlink(missing_ok=True)
-    for file in folder.iterdir():
-        file.chmod(0o644)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "case", nargs="*", help=f"any of {', '.join(CASES)}, {FP8_SCALES} (default: all)"
+        "case", nargs="*", help=f"any of {', '.join([*CASES, *TENSORS])} (default: all)"
     )
     parser.add_argument("--out", type=Path, default=Path("tests/formats"))
     args = parser.parse_args()
-    if unknown := sorted(set(args.case) - {*CASES, FP8_SCALES}):
+    if unknown := sorted(set(args.case) - {*CASES, *TENSORS}):
         parser.error(f"unknown case {', '.join(unknown)}")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     with torch.inference_mode():
-        for name in args.case or [*CASES, FP8_SCALES]:
+        for name in args.case or [*CASES, *TENSORS]:
             capture(name, args.out)
             kilobytes = sum(f.stat().st_size for f in (args.out / name).iterdir()) / 1e3
             print(f"{name:20}{kilobytes:6.0f} KB")

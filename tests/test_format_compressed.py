@@ -77,8 +77,7 @@ def test_codes_are_the_same(dest: Path) -> None:
         content = b"".join(np.array(part).tobytes() for part in parts)
         assert stored[f"{layer.path}.{name}.weight"][2] == content
     assert store.manifest.quantization == {
-        f"{ATTENTION}.{name}": Quantization(8, 32, "affine")
-        for name in ("k_proj", "v_proj", "o_proj")
+        f"{ATTENTION}.{name}": Quantization(8, 32, "affine") for name in ("k_proj", "v_proj")
     }
 
 
@@ -118,14 +117,15 @@ REFUSED: dict[str, tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, Any],
         ["q.weight_scale"],
     ),
     "no scales": ({"q.weight_packed": ("I32", (64, 8))}, {"num_bits": 4}, ["q.weight_scale"]),
-    "nvfp4": (
-        {
-            "q.weight_packed": ("U8", (64, 32)),
-            "q.weight_scale": ("F8_E4M3", (64, 4)),
-            "q.weight_global_scale": ("F32", (1,)),
-        },
+    "nvfp4 without scales": (
+        {"q.weight_packed": ("U8", (64, 32)), "q.weight_global_scale": ("F32", (1,))},
         {},
-        ["nvfp4", "mxfp4"],
+        ["q.weight_scale"],
+    ),
+    "half a block of mxfp4": (
+        {"q.weight_packed": ("U8", (64, 24)), "q.weight_scale": ("U8", (64, 1))},
+        {},
+        ["q.weight_packed", "48 inputs", "32"],
     ),
     "bytes without a scale": (
         {"q.weight": ("I8", (64, 64)), "k.weight_scale": ("BF16", (1,))},

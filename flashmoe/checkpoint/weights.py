@@ -10,7 +10,7 @@ bear the name that its kind of layer has elsewhere in the model. Everything is l
 from __future__ import annotations
 
 import re
-from collections.abc import ItemsView
+from collections.abc import Callable, ItemsView
 from typing import Any
 
 import mlx.core as mx
@@ -34,6 +34,9 @@ def adapting(model_class: type[nn.Module]) -> type[nn.Module]:
     """
 
     def sanitize(self: nn.Module, weights: Weights) -> Weights:
+        return by_parts(lambda given: sanitize_floats(self, given), weights)
+
+    def sanitize_floats(self: nn.Module, weights: Weights) -> Weights:
         def read(candidate: Weights) -> Weights:
             inherited: Any = getattr(super(adapted, self), "sanitize", dict)
             return place_strays(self, stack_experts(self, inherited(dict(candidate))))
@@ -50,6 +53,50 @@ def adapting(model_class: type[nn.Module]) -> type[nn.Module]:
 
     adapted = type(model_class.__name__, (model_class,), {"sanitize": sanitize})
     return adapted
+
+
+def by_parts(sanitize: Callable[[Weights], Weights], weights: Weights) -> Weights:
+    """What `sanitize` makes of weights, of which MLX's packed ones may have names that it knows for
+    `.weight` alone: if it leaves their scales behind, these go through it under that name."""
+    result = sanitize(dict(weights))
+    if _are_together(result):
+        return result
+    paths = {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}
+    paths = {path for path in paths if _is_packed(weights.get(f"{path}.weight"))}
+    if not paths:
+        return result
+    parts = ("weight", "scales", "biases")
+    own = {f"{path}.{part}" for path in paths for part in parts}
+    others = {name: array for name, array in weights.items() if name not in own}
+
+    def passed(part: str) -> Weights:
+        renamed = {f"{path}.weight": weights.get(f"{path}.{part}") for path in paths}
+        return sanitize(
+            {**others, **{n: array for n, array in renamed.items() if array is not None}}
+        )
+
+    result = passed("weight")
+    homes = [n for n, array in result.items() if n.endswith(".weight") and _is_packed(array)]
+    for part in parts[1:]:
+        found = passed(part)
+        for name in homes:
+            if name in found and not _is_packed(found[name]):
+                result[name.removesuffix("weight") + part] = found[name]
+    return result
+
+
+def _are_together(weights: Weights) -> bool:
+    """Whether packed weights have their scales beside them, and scales their weights."""
+    packed = {
+        name.removesuffix(".weight")
+        for name, array in weights.items()
+        if name.endswith(".weight") and _is_packed(array)
+    }
+    return packed == {n.removesuffix(".scales") for n in weights if n.endswith(".scales")}
+
+
+def _is_packed(array: mx.array | None) -> bool:
+    return array is not None and array.dtype == mx.uint32
 
 
 def stack_experts(model: nn.Module, weights: Weights) -> Weights:

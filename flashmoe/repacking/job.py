@@ -82,6 +82,9 @@ def prepare(
             f"{len(names)} tensors of {checkpoint.repo} ({names[0]}) cannot be made from byte "
             "ranges; download the checkpoint (hf download) and repack its folder"
         )
+    if order.late and not loaded.is_whole:
+        model = load_lazily(checkpoint, outline, read, outlined=False, whole=True).model
+        whole = quantize_lazily(model, settings)
     identity = {
         "source": [checkpoint.repo, checkpoint.revision],
         "files": [[file.name, file.size_bytes, file.version] for file in files],

@@ -26,11 +26,15 @@ from flashmoe.repacking.graph import Graph, trace
 @dataclass(frozen=True)
 class Loaded:
     """A model with arrays that are read when they are evaluated, and how its parameters follow
-    from the source's tensors (None when that cannot be told without reading them)."""
+    from the source's tensors (None when that cannot be told without reading them).
+
+    Unless `is_whole`, arrays must not be evaluated: they have shapes and dtypes alone.
+    """
 
     model: nn.Module
     config: Config
     graph: Graph | None
+    is_whole: bool
 
 
 def load_lazily(
@@ -39,12 +43,14 @@ def load_lazily(
     read: Callable[[str], bytes],
     *,
     outlined: bool,
+    whole: bool = False,
 ) -> Loaded:
     """The checkpoint's mlx-lm model, nothing evaluated, its tensors as their format presents them.
     `read` gives the bytes of a tensor, which some formats state shapes in.
 
     `outlined` loads a file that has `tensors` as its header and no data instead of the
-    checkpoint's own, which need not be there then; nothing must be evaluated of that.
+    checkpoint's own, which need not be there then. What a format presents has values if the model
+    is to be `whole`, which takes a graph of operations for each of many tensors.
     Raises SourceError when the format is not known, or when the config or the tensors are not
     what the family expects.
     """
@@ -58,7 +64,7 @@ def load_lazily(
             f"{checkpoint.repo} quantizes activations, which streamed experts do not support"
         )
     model_class, args_class = model_classes(config)
-    traced = _Traced(adapting(model_class), presentation)
+    traced = _Traced(adapting(model_class), presentation, whole)
     with tempfile.TemporaryDirectory(prefix="flashmoe-") as scratch:
         folder = checkpoint.folder
         if outlined:
@@ -81,18 +87,21 @@ def load_lazily(
                 f"{checkpoint.repo} is not a {config['model_type']} checkpoint that mlx-lm can "
                 f"load: {reason}"
             ) from error
-    return Loaded(model, config, traced.graph)
+    is_whole = not outlined and (whole or not presentation.stand_ins)
+    return Loaded(model, config, traced.graph, is_whole)
 
 
 class _Traced:
     """A model class whose `sanitize` is given what a format presents, and leaves its graph here."""
 
-    def __init__(self, model_class: type[nn.Module], presentation: Presentation) -> None:
+    def __init__(
+        self, model_class: type[nn.Module], presentation: Presentation, whole: bool
+    ) -> None:
         self.graph: Graph | None = None
 
         def sanitize(model: nn.Module, weights: Weights) -> Weights:
             inherited: Any = super(self.model_class, model)
-            presented = presentation.of(weights)
+            presented = presentation.of(weights) if whole else presentation.outline(weights)
             self.graph = trace(inherited.sanitize, presented, presentation.stand_ins)
             result: Weights = inherited.sanitize(presented)
             return result

@@ -89,7 +89,7 @@ def _gemm(packed: Packed, path: str) -> Layer:
 def _gemv(packed: Packed, path: str) -> Layer:
     d_out, n_words = tensor_of(packed, f"{path}.qweight", INTEGERS, (None, None))
     d_in = n_words * PER_WORD
-    group = packed.settings.get("group_size", 128)
+    group = packed.settings.get("group_size", packed.settings.get("q_group_size", 128))
     group = d_in if group == -1 else group
     _, width = tensor_of(packed, f"{path}.qzeros", INTEGERS, (d_out, None))
     tensor_of(packed, f"{path}.scales", FLOATING, (d_out, width * PER_WORD))

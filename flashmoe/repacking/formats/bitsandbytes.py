@@ -201,11 +201,9 @@ class _Weight:
         return floats.astype(MLX_DTYPES[self.state.dtype]).reshape(end - begin, d_in)
 
     def _offset(self, state: mx.array) -> mx.array:
-        """Nested scales are stored less this; 0 of a file that is an outline only."""
-        content = _bytes(state)
+        """What nested scales are stored less."""
         where = f"{self.state_name} of {self.packed.where}"
-        offset = _parsed(content, self.kind, where)[1] if any(content) else 0.0
-        return mx.array(offset, dtype=mx.float32)
+        return mx.array(_parsed(_bytes(state), self.kind, where)[1], dtype=mx.float32)
 
     def _check(
         self, codes: mx.array, values: mx.array, absmax: mx.array, state: mx.array, *_: mx.array

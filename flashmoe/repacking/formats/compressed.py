@@ -1,7 +1,7 @@
 """compressed-tensors, a container: what a layer is packed as follows from its tensors.
 
 `weight` of 8-bit floats or integers with `weight_scale`; or `weight_packed`, which is int32 words
-of integers, codes that are half their range too large, or bytes of two mxfp4 codes.
+of integers, codes that are half their range too large, or bytes of two mxfp4 or nvfp4 codes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from flashmoe.dtypes import FLOATING
 from flashmoe.errors import SourceError
-from flashmoe.repacking.formats import fp8
+from flashmoe.repacking.formats import fp8, nvfp4
 from flashmoe.repacking.formats.affine import (
     BITS,
     Layer,
@@ -38,6 +38,7 @@ PARTS = (
     ".weight_shape",
     ".weight_zero_point",
     ".weight_g_idx",
+    GLOBAL_SCALE,
     ".input_global_scale",
 )
 MXFP4_BLOCK = 32
@@ -46,19 +47,13 @@ MXFP4 = {"bits": 4, "group_size": MXFP4_BLOCK, "mode": "mxfp4"}
 
 
 def present(packed: Packed) -> Presentation:
-    """Integers and mxfp4 as MLX packs them where that loses nothing, 8-bit floats as floats."""
+    """Integers and mxfp4 as MLX packs them where it can, fp8 and nvfp4 as floats."""
     is_dense = packed.settings.get("format") == "dense"
     if not is_dense and not any(n.endswith((PACKED, ".weight_scale")) for n in packed.tensors):
         raise SourceError(
             f"{packed.where} is said to be of compressed-tensors, but none of its tensors is a "
             "weight_packed or a weight_scale"
         )
-    for name in packed.tensors:
-        if name.endswith(GLOBAL_SCALE):
-            raise SourceError(
-                f"{name} of {packed.where} says nvfp4, which flashmoe does not read; of "
-                "compressed-tensors it reads integers, fp8 and mxfp4"
-            )
     schemes = [_weights_of(group) for group in _groups(packed.settings)]
     blocks = [scheme.get("block_structure") for scheme in schemes]
     block = next((stated for stated in blocks if stated), None)
@@ -66,9 +61,13 @@ def present(packed: Packed) -> Presentation:
     widths = _Widths(packed)
     layers: list[Layer] = []
     codes: dict[str, StandIn] = {}
+    unpacked = dict(floats.stand_ins)
     hidden = set(floats.hidden)
     for path in paths_of(packed.tensors, PACKED):
-        if packed.tensors[path + PACKED].dtype == "U8":
+        if path + GLOBAL_SCALE in packed.tensors:
+            names = (path + PACKED, f"{path}.weight_scale", path + GLOBAL_SCALE)
+            unpacked[f"{path}.weight"] = nvfp4.floats_of(packed, names, mx.divide)
+        elif packed.tensors[path + PACKED].dtype == "U8":
             codes |= _mxfp4(packed, path)
         else:
             layers.append(_words(packed, path, schemes, widths))
@@ -79,12 +78,12 @@ def present(packed: Packed) -> Presentation:
             hidden |= {path + part for part in PARTS}
     integers = presentation_of(packed, layers, hidden)
     config = {"quantization_config": None, "quantization": MXFP4} if codes else integers.config
-    stand_ins = {**floats.stand_ins, **integers.stand_ins, **codes}
+    stand_ins = {**unpacked, **integers.stand_ins, **codes}
     return Presentation(stand_ins, frozenset(hidden), config)
 
 
 COMPRESSED = Format(
-    "compressed-tensors (integers, fp8, mxfp4)", ("compressed-tensors",), present, (PACKED,)
+    "compressed-tensors (integers, fp8, mxfp4, nvfp4)", ("compressed-tensors",), present, (PACKED,)
 )
 
 
@@ -211,12 +210,11 @@ def _zeros(packed: Packed, path: str, bits: int, d_out: int, n_groups: int) -> R
 
 def _mxfp4(packed: Packed, path: str) -> dict[str, StandIn]:
     """A layer of mxfp4, the very codes and scales."""
-    d_out, n_bytes = tensor_of(packed, path + PACKED, ("U8",), (None, None))
-    n_blocks = 2 * n_bytes // MXFP4_BLOCK
+    d_out, n_blocks = nvfp4.block_shape(packed, path + PACKED, MXFP4_BLOCK)
     scale = f"{path}.weight_scale"
     tensor_of(packed, scale, ("U8", "F8_E8M0"), (d_out, n_blocks))
     return {
-        f"{path}.weight": StandIn("U32", (d_out, n_bytes // 4), partial(_moved, path + PACKED)),
+        f"{path}.weight": StandIn("U32", (d_out, n_blocks * 4), partial(_moved, path + PACKED)),
         f"{path}.scales": StandIn("U8", (d_out, n_blocks), partial(Step, scale)),
     }
 

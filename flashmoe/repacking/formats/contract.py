@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from flashmoe.checkpoint.headers import TensorInfo
+from flashmoe.dtypes import MLX_DTYPES
 from flashmoe.repacking.step import Step
 
 Weights = dict[str, mx.array]
@@ -36,8 +37,7 @@ class StandIn:
 
     `dtype` is a safetensors name. `rows(begin, end)` makes rows `begin` to `end` of the first
     axis, `[end - begin, *shape[1:]]` of that dtype, out of rows of the source's tensors by MLX
-    operations that nothing evaluates. Where one looks at values, those may be the zeros of an
-    outline. A row's bits must not depend on which rows are asked for with it. Dtypes that MLX
+    operations. A row's bits must not depend on which rows are asked for with it. Dtypes that MLX
     lacks arrive as uint8.
     """
 
@@ -63,15 +63,23 @@ class Presentation:
     config: Mapping[str, Any] = field(default_factory=lambda: {"quantization_config": None})
 
     def of(self, weights: Weights) -> Weights:
-        """The weights that mlx-lm sees, of the source's; nothing is evaluated."""
+        """The weights that mlx-lm sees, of the source's; what stands in is not evaluated, but
+        values that are to be checked are."""
 
         def read(leaf: Step) -> mx.array:
             array = weights[leaf.leaf]
             return array[leaf.begin : leaf.end] if array.ndim else array
 
-        seen = {name: array for name, array in weights.items() if name not in self.hidden}
-        made = {name: s.whole().evaluate(read) for name, s in self.stand_ins.items()}
-        return {**seen, **made}
+        made = {n: s.whole().evaluate(read, checked=True) for n, s in self.stand_ins.items()}
+        return {**self._seen(weights), **made}
+
+    def outline(self, weights: Weights) -> Weights:
+        """The same for their names, shapes and dtypes only: what stands in is zeros."""
+        zeros = {n: mx.zeros(s.shape, MLX_DTYPES[s.dtype]) for n, s in self.stand_ins.items()}
+        return {**self._seen(weights), **zeros}
+
+    def _seen(self, weights: Weights) -> Weights:
+        return {name: array for name, array in weights.items() if name not in self.hidden}
 
 
 # For what mlx-lm reads itself.

@@ -45,8 +45,8 @@ def unpacked(packed: Packed, stated: tuple[int, int]) -> Presentation:
     dtype = float_dtype(packed)
     stand_ins, hidden = {}, set()
     for name, info in packed.tensors.items():
-        if info.dtype != E4M3:
-            continue
+        if info.dtype != E4M3 or name.endswith(SCALES):
+            continue  # scales of nvfp4 are E4M3 themselves
         scales = [name + ending for ending in SCALES if name + ending in packed.tensors]
         if not scales:
             raise SourceError(

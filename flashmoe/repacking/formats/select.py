@@ -41,6 +41,12 @@ FORMATS: tuple[Format, ...] = (
     MODELOPT,
     COMPRESSED,
 )
+# Files in which packages state settings that config.json lacks, and which need not name the method.
+OWN_FILES = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
 # Dtypes that MLX loads as what they are, and those that it loads as bytes.
 READ = tuple(name for name in MLX_DTYPES if name != "F64")
 READ_AS_BYTES = ("F8_E4M3", "F8_E8M0")
@@ -80,14 +86,14 @@ def quantization_of(folder: Path, config: Config) -> Mapping[str, Any]:
         for key in ("quantization_config", "compression_config"):
             if isinstance(level.get(key), dict):
                 return dict(level[key])
-    try:
-        stated = json.loads((folder / "hf_quant_config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(stated, dict):
-        return {}
-    # ModelOpt's own file does not name it.
-    return {"quant_method": "modelopt", **stated}
+    for name, method in OWN_FILES.items():
+        try:
+            stated = json.loads((folder / name).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(stated, dict):
+            return {"quant_method": method, **stated}
+    return {}
 
 
 def known() -> str:
