@@ -97,16 +97,18 @@ def records(args: argparse.Namespace) -> Report:
     compared = different = 0
     for number, layer in enumerate(store.manifest.layers):
         layout = layer.layout
+        record = memoryview(bytearray(layout.record.stride))
         with store.file(layout.file).open("rb", buffering=0) as file:
             for expert in range(number % step, layout.n_experts, step):
-                record = memoryview(bytearray(layout.record.stride))
                 filled = 0
                 while filled < len(record):
                     filled += read_at(file, record[filled:], layout.record_offset(expert) + filled)
                 expected = experts.record(layout, expert)
                 compared += 1
                 different += any(
-                    record[component.offset : component.end] != expected[component.name]
+                    # Views of memory are compared one byte at a time.
+                    bytes(record[component.offset : component.end])
+                    != bytes(expected[component.name])
                     for component in layout.record.components
                 )
     return {"records_compared": compared, "records_different": different}
