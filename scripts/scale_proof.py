@@ -40,12 +40,15 @@ import flashmoe
 from flashmoe import FlashMoEError, FlashMoEModel, machine
 from flashmoe.bench.cgroup import memory_cgroup
 from flashmoe.cli.console import byte_progress
+from flashmoe.holes import read_at
 from flashmoe.repacking.execute import dry_run
 from flashmoe.store.reader import open_store
 from flashmoe.units import format_duration, format_size, parse_size
 
 # Quantizing is slow, but for zeros: so many experts have one that is not zeros altogether.
 PUBLISHED_STEP = 8
+# Of so many experts' records, one is quantized again to be compared.
+QUANTIZED_STEP = 32
 
 Report = dict[str, Any]
 
@@ -84,6 +87,31 @@ def inspect(args: argparse.Namespace) -> Report:
         "streamed_bytes": summary.streamed_bytes,
         "manifest_bytes": manifest.stat().st_size,
     }
+
+
+def records(args: argparse.Namespace) -> Report:
+    """Records byte for byte beside what the source has: all of them, or those of a few experts
+    where these must be quantized for it."""
+    store, experts = open_store(args.folder / "store"), ExpertSource(args.folder / "source")
+    step = QUANTIZED_STEP if args.published else 1
+    compared = different = 0
+    for number, layer in enumerate(store.manifest.layers):
+        layout = layer.layout
+        record = memoryview(bytearray(layout.record.stride))
+        with store.file(layout.file).open("rb", buffering=0) as file:
+            for expert in range(number % step, layout.n_experts, step):
+                filled = 0
+                while filled < len(record):
+                    filled += read_at(file, record[filled:], layout.record_offset(expert) + filled)
+                expected = experts.record(layout, expert)
+                compared += 1
+                different += any(
+                    # Views of memory are compared one byte at a time.
+                    bytes(record[component.offset : component.end])
+                    != bytes(expected[component.name])
+                    for component in layout.record.components
+                )
+    return {"records_compared": compared, "records_different": different}
 
 
 def verify(args: argparse.Namespace) -> Report:
@@ -172,6 +200,7 @@ STAGES: dict[str, Callable[[argparse.Namespace], Report]] = {
     "repack": repack,
     "inspect": inspect,
     "decode": decode,
+    "records": records,
     "verify": verify,
 }
 

@@ -14,9 +14,10 @@ import mlx.nn as nn
 import numpy as np
 
 from flashmoe.checkpoint.source import check_files, resolve
-from flashmoe.dtypes import MLX_DTYPES
-from flashmoe.store.layout import Quantization
+from flashmoe.dtypes import MLX_DTYPES, array_bytes
+from flashmoe.store.layout import LayerLayout, Quantization
 
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PARTS = ("weight", "scales", "biases")
 Packed = tuple[mx.array, ...]
 
@@ -34,7 +35,7 @@ class ExpertSource:
         if f"{path}.gate_proj.scales" in self._tensors:
             return [
                 tuple(self._expert(f"{path}.{name}.{part}", expert) for part in PARTS)
-                for name in ("gate_proj", "up_proj", "down_proj")
+                for name in PROJECTIONS
             ]
         own = path.replace("language_model.model.", "model.language_model.")
         own = own.replace("switch_mlp", "experts")
@@ -42,6 +43,16 @@ class ExpertSource:
         half = fused.shape[0] // 2
         floats = [fused[:half], fused[half:], self._expert(f"{own}.down_proj", expert)]
         return [mx.quantize(matrix, packing.group_size, packing.bits) for matrix in floats]
+
+    def record(self, layout: LayerLayout, expert: int) -> dict[str, memoryview]:
+        """The components of an expert's record, by name."""
+        packing = layout.projections["gate_proj"]
+        matrices = self.matrices(layout.path, expert, packing)
+        return {
+            f"{name}.{part}": array_bytes(array)
+            for name, matrix in zip(PROJECTIONS, matrices, strict=True)
+            for part, array in zip(PARTS, matrix, strict=True)
+        }
 
     def _expert(self, name: str, expert: int) -> mx.array:
         tensor = self._tensors[name]

@@ -87,6 +87,9 @@ def test_the_proof_in_small(
     assert reports["inspect"]["records"] == 3 * 64
     assert reports["plan"]["streamed_bytes"] == reports["inspect"]["streamed_bytes"]
     assert reports["repack"]["disk_bytes"] < 0.9 * reports["repack"]["apparent_bytes"]
+    compared = reports["records"]
+    assert compared["records_compared"] == 3 * (2 if published else 64)
+    assert compared["records_different"] == 0
     decoded = reports["decode"]
     assert decoded["finite"]
     assert decoded["same_greedy_tokens"] == decoded["compared_steps"] == 5
