@@ -227,8 +227,11 @@ class Hub:
                     self.wfile.write(body[: len(body) // 2])
                     self.close_connection = True
                 else:
-                    if fault == "corrupt":
-                        body = bytes([body[0] ^ 1]) + body[1:] if first > 8 else body
+                    if fault == "corrupt" and first > 8:
+                        body = bytes([body[0] ^ 1]) + body[1:]
+                    elif fault == "corrupt" and not hub.always:
+                        with hub.lock:  # not a header: the next one
+                            hub.faults.appendleft(fault)
                     self.answer(206, body, Content_Range=stated)
                     if self.command == "GET":
                         with hub.lock:

@@ -79,6 +79,32 @@ def test_every_byte_is_fetched_once_and_none_kept(
     assert folder_content(dest) == undisturbed
 
 
+def test_progress_counts_what_is_fetched(
+    sharded: Hub, dest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int]] = []
+    total = weight_bytes(sharded)
+
+    def progress(done: int, of: int) -> None:
+        calls.append((done, of))
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repack("owner/name", dest, progress=progress)
+    assert calls[0] == (0, total)
+    reached = calls[-1][0]
+    assert 0 < reached < total
+    sharded.forget_ranges()
+    repack("owner/name", dest, progress=progress)
+    assert {of for _, of in calls} == {total}
+    assert calls[20] == (0, total)
+    assert 0 < calls[21][0] <= reached
+    assert calls[-1] == (total, total)
+    done = [done for done, _ in calls[20:]]
+    assert done == sorted(set(done))
+
+
 @pytest.mark.parametrize("fault", ["drop", "short", "429", "503", "500"])
 def test_what_passes_is_waited_for(
     undisturbed: dict[str, bytes], sharded: Hub, dest: Path, fault: str

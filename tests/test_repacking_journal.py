@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flashmoe.native import checksum
-from flashmoe.repacking import digest
+from flashmoe.repacking import digest, hashing
 from flashmoe.repacking.digest import (
     LibrarySha256,
     NativeSha256,
@@ -94,28 +94,49 @@ def test_streams_hashed_beside_each_other(
     path = tmp_path / "file"
     path.write_bytes(CONTENT)
     (tmp_path / "empty").touch()
-    hashing = Hashing()
+    beside = Hashing()
     with ThreadPoolExecutor(2) as pool:
-        files = [pool.submit(hashing.hash_file, path) for _ in range(3)]
-        empty = pool.submit(hashing.hash_file, tmp_path / "empty")
+        files = [pool.submit(beside.hash_file, path) for _ in range(3)]
+        empty = pool.submit(beside.hash_file, tmp_path / "empty")
         own = sha256()
         for begin in range(0, len(CONTENT), 9001):
-            hashing.submit(own, memoryview(CONTENT)[begin : begin + 9001]).result()
-    hashing.close()
+            beside.submit(own, memoryview(CONTENT)[begin : begin + 9001]).result()
+    beside.close()
     expected = hashlib.sha256(CONTENT).hexdigest()
     assert [file.result() for file in files] == [expected] * 3
     assert own.hexdigest() == expected
     assert empty.result() == hashlib.sha256().hexdigest()
 
 
+def test_a_stream_waits_for_another(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = []
+
+    def counted(first: Sha256, content: memoryview, second: Sha256, other: memoryview) -> None:
+        together.append((len(content), len(other)))
+        update_two(first, content, second, other)
+
+    monkeypatch.setattr(hashing, "update_two", counted)
+    monkeypatch.setattr(hashing, "COMPANY_SECONDS", 1.0)
+    both = Hashing()
+    digests = [sha256(), sha256()]
+    one = both.submit(digests[0], memoryview(CONTENT)[:70_000])
+    other = both.submit(digests[1], memoryview(CONTENT))
+    other.result()
+    one.result()
+    both.close()
+    assert together == ([(70_000, 70_000)] if kind == "native" else [])
+    assert digests[1].hexdigest() == hashlib.sha256(CONTENT).hexdigest()
+    assert digests[0].hexdigest() == hashlib.sha256(CONTENT[:70_000]).hexdigest()
+
+
 def test_a_hash_that_fails_says_so_where_it_was_asked_for() -> None:
-    hashing = Hashing()
+    beside = Hashing()
     readonly = memoryview(bytes(100))
     with pytest.raises(TypeError, match="not writable"):
-        hashing.submit(LibrarySha256(), readonly).result()
+        beside.submit(LibrarySha256(), readonly).result()
     fine = sha256()
-    hashing.submit(fine, memoryview(CONTENT)).result()
-    hashing.close()
+    beside.submit(fine, memoryview(CONTENT)).result()
+    beside.close()
     assert fine.hexdigest() == hashlib.sha256(CONTENT).hexdigest()
 
 

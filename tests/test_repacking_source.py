@@ -2,11 +2,13 @@
 
 import hashlib
 
+import pytest
 from checkpoints import store_tensors
 from families import save_checkpoint
 from stores import folder_content
 
 from flashmoe import repack
+from flashmoe.repacking.run import Run
 
 
 def sha256(path):
@@ -51,3 +53,23 @@ def test_progress_counts_the_bytes_of_tensors(float_qwen, dest):
     assert calls[-1] == (total, total)
     done = [done for done, _ in calls]
     assert done == sorted(set(done))
+
+
+def test_an_interruption_between_hashing_and_counting(float_qwen, dest, tmp_path, monkeypatch):
+    monkeypatch.setattr("flashmoe.repacking.schedule.PIECE_BYTES", 64 * 2**10)
+    advance_to = Run._advance_to
+    groups = []
+
+    def interrupted(self, group):
+        groups.append(group)
+        if len(groups) == 4:
+            raise KeyboardInterrupt
+        advance_to(self, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_advance_to", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            repack(float_qwen, dest)
+    resumed = repack(float_qwen, dest)
+    undisturbed = repack(float_qwen, tmp_path / "undisturbed.flashmoe")
+    assert folder_content(resumed.path) == folder_content(undisturbed.path)

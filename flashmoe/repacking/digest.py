@@ -24,8 +24,11 @@ LEAST_CRC_BYTES = 4096
 
 
 class Sha256(Protocol):
-    """A hash of a stream. `state()` is what `take_up` goes on from, or None where nothing here
-    gives it away. `update` takes writable memory; other threads run meanwhile."""
+    """A hash of a stream of `n_bytes` so far. `state()` is what `take_up` goes on from, or None
+    where nothing here gives it away. `update` takes writable memory; other threads run meanwhile.
+    """
+
+    n_bytes: int
 
     def update(self, content: memoryview) -> None: ...
     def state(self) -> bytes | None: ...
@@ -124,18 +127,21 @@ class LibrarySha256:
         assert functions is not None
         self._init, self._update, self._final = functions
         self._state = ctypes.create_string_buffer(STATE_BYTES)
+        self.n_bytes = 0
         if state is None:
             self._init(self._state)
         else:
-            self._state.raw = state.ljust(STATE_BYTES, b"\0")
+            self.n_bytes = int.from_bytes(state[:8], "little")
+            self._state.raw = state[8:].ljust(STATE_BYTES, b"\0")
 
     def update(self, content: memoryview) -> None:
         for begin in range(0, len(content), MAX_UPDATE_BYTES):
             part = content[begin : begin + MAX_UPDATE_BYTES]
             self._update(self._state, ctypes.byref(ctypes.c_char.from_buffer(part)), len(part))
+        self.n_bytes += len(content)
 
     def state(self) -> bytes:
-        return self.KIND + self._state.raw.rstrip(b"\0")
+        return self.KIND + self.n_bytes.to_bytes(8, "little") + self._state.raw.rstrip(b"\0")
 
     def hexdigest(self) -> str:
         copy = ctypes.create_string_buffer(self._state.raw, STATE_BYTES)
@@ -149,9 +155,11 @@ class PlainSha256:
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
+        self.n_bytes = 0
 
     def update(self, content: memoryview) -> None:
         self._hash.update(content)
+        self.n_bytes += len(content)
 
     def state(self) -> None:
         return None

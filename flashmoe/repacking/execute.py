@@ -52,7 +52,8 @@ def repack(
 
     Weights on the Hub are fetched by byte ranges and never kept. `consume` deletes each weight
     file of a folder once everything in it is on disk in the store.
-    `progress(done_bytes, total_bytes)` is called as tensors are written.
+    `progress(done_bytes, total_bytes)` is called as tensors are written; it counts their bytes, or
+    those of the weight files where these come from the Hub.
 
     Raises SourceError, StoreError or OptionError; whatever happens, `dest` looks complete only
     once it is, and the same call goes on from where this one came to (`force` begins again).
@@ -105,8 +106,7 @@ def dry_run(
 def _execute(
     job: Job, folder: Path, *, force: bool, consume: bool, progress: Progress | None
 ) -> Store:
-    total = job.plan.total_bytes
-    done = 0
+    total = done = 0
 
     def advance(size_bytes: int) -> None:
         nonlocal done
@@ -126,6 +126,7 @@ def _execute(
                     journal.entries.append(job.identity)
                 files = job.checkpoint.weight_files
                 with Run(job.schedule, files, writer, journal, advance) as run:
+                    total = run.total_bytes
                     advance(0)
                     run.walk(job.maker, consumer(job) if consume else lambda _: None)
                     for index in job.schedule.late:

@@ -14,6 +14,9 @@ from flashmoe.repacking.digest import Sha256, sha256, takes_two, update_two
 
 # What is hashed alone before looking for company again.
 ALONE_BYTES = 2**20
+# How long a stream waits for another, as long as others came: time that is spent twice is dearer
+# than this.
+COMPANY_SECONDS = 0.05
 # What is read at a time of a file that is hashed.
 READ_BYTES = 4 * 2**20
 
@@ -31,7 +34,8 @@ class Hashing:
     def __init__(self) -> None:
         self._in_pairs = takes_two()
         self._jobs: deque[_Job] = deque()
-        self._lock = threading.Lock()
+        self._submitted = threading.Condition()
+        self._waits = True
         self._threads = ThreadPoolExecutor(
             1 if self._in_pairs else 2, thread_name_prefix="flashmoe-hash"
         )
@@ -43,8 +47,9 @@ class Hashing:
     def submit(self, digest: Sha256, content: memoryview) -> Future[None]:
         """Update a hash, which nothing else may do until that is done."""
         job = _Job(digest, content, Future())
-        with self._lock:
+        with self._submitted:
             self._jobs.append(job)
+            self._submitted.notify()
         self._threads.submit(self._work)
         return job.done
 
@@ -65,12 +70,9 @@ class Hashing:
 
     def _work(self) -> None:
         while True:
-            with self._lock:
-                if not self._jobs:
-                    return
-                jobs = [self._jobs.popleft()]
-                if self._in_pairs and self._jobs:
-                    jobs.append(self._jobs.popleft())
+            jobs = self._take()
+            if not jobs:
+                return
             try:
                 size_bytes = _hash_some(jobs)
             except BaseException as error:
@@ -80,10 +82,20 @@ class Hashing:
             for job in jobs:
                 job.content = job.content[size_bytes:]
                 if job.content:
-                    with self._lock:
+                    with self._submitted:
                         self._jobs.appendleft(job)
                 else:
                     job.done.set_result(None)
+
+    def _take(self) -> list[_Job]:
+        """What is hashed next: two where that pays, none when there is nothing to do."""
+        with self._submitted:
+            if self._in_pairs and len(self._jobs) == 1 and self._waits:
+                self._submitted.wait(COMPANY_SECONDS)
+            n_jobs = min(len(self._jobs), 2 if self._in_pairs else 1)
+            if n_jobs:
+                self._waits = n_jobs == 2
+            return [self._jobs.popleft() for _ in range(n_jobs)]
 
 
 def _hash_some(jobs: list[_Job]) -> int:

@@ -34,7 +34,8 @@ HASHED_AGAIN_BYTES = 8 * 2**20
 class Run:
     """One repack into one folder; use it as a context manager.
 
-    `advance(n_bytes)` is told of what was written. What is on disk and noted in the journal, a
+    `advance(n_bytes)` is told of what was written, or of what was fetched where that is not all on
+    this disk; `total_bytes` is what that comes to. What is on disk and noted in the journal, a
     later run does not do again, however this one ends.
     """
 
@@ -62,6 +63,7 @@ class Run:
         self._open: set[str] = set()
         self._touched: set[str] = set()
         self._left = [0] * len(schedule.files)
+        self._fetches = any(file.path is None for file in files)
         self._remaining_bytes = 0
         self._unnoted_bytes = 0
         self._digest = sha256()
@@ -95,6 +97,17 @@ class Run:
     def late_crcs(self) -> dict[int, bytes]:
         """The same for parameters that were written whole."""
         return self._late_crcs
+
+    @property
+    def total_bytes(self) -> int:
+        """What `advance` will have been told of in the end."""
+        if self._fetches:
+            return sum(f.size_bytes for i, f in enumerate(self._files) if self._is_read(i))
+        return sum(
+            parameter.n_rows * sink.row_bytes
+            for parameter in self._schedule.parameters
+            for sink in parameter.sinks
+        )
 
     def walk(self, maker: Maker | None, finished: Callable[[Reached], None]) -> None:
         """Make every piece that is not whole yet. `finished` is told how far the journal is each
@@ -153,6 +166,11 @@ class Run:
         for index in schedule.late:
             for sink in schedule.parameters[index].sinks:
                 self._left[sink.file] += 1
+        if self._fetches:
+            current = self.progress.file
+            read = [i for i in range(len(self._files)) if self._is_read(i)]
+            done_bytes = sum(self._files[i].size_bytes for i in read if i < current)
+            done_bytes += self.progress.position if current in read else 0
         if done_bytes:
             self._advance(done_bytes)
         for file, left in enumerate(self._left):
@@ -224,7 +242,8 @@ class Run:
             self._left[sink.file] -= 1
             if self._left[sink.file] == 0:
                 self._hash_stored(sink.file)
-            self._advance(len(content))
+            if not self._fetches:
+                self._advance(len(content))
             self._remaining_bytes -= len(content)
             self._unnoted_bytes += len(content)
         return bytes(crcs)
@@ -250,6 +269,8 @@ class Run:
         self.progress.pieces = group.end_piece
         self.progress.position = group.end
         self._whole_crcs = len(self._crcs)
+        if self._fetches:
+            self._advance(group.end - group.begin)
         waited = time.monotonic() - self._noted
         if waited < STEP_SECONDS and self._unnoted_bytes < STEP_BYTES:
             return
@@ -324,7 +345,9 @@ class Run:
         }
         complete = self._open & names
         self._open -= complete
-        progress.state = self._digest.state() if progress.position else None
+        # An interruption may come between hashing bytes and counting them.
+        counted = progress.position and self._digest.n_bytes == progress.position
+        progress.state = self._digest.state() if counted else None
         crcs = self._crcs[self._noted_crcs : self._whole_crcs]
         entry = progress.entry(self._noted_crcs // 4, bytes(crcs))
         self._noted_crcs = self._whole_crcs
