@@ -117,7 +117,7 @@ class TestModel:
             store,
             tune_reads.tune_reads(store, 0.1),
             None,
-            5.0,
+            20.0,
             free_bytes=10**12,
             tick=lambda: ticks.append(1),
         )
@@ -131,7 +131,7 @@ class TestModel:
 
     def test_a_model_that_does_not_run(self, demo_store):
         store = open_store(demo_store)
-        found = tune_model(store, tune_reads.tune_reads(store, 0.1), "1MB", 8.0, free_bytes=0)
+        found = tune_model(store, tune_reads.tune_reads(store, 0.1), "1MB", 20.0, free_bytes=0)
         assert (found.choice.bank, found.tokens_per_second, found.rows) == (None, None, ())
         assert any("not tuned: 1.00 MB of memory is not" in note for note in found.notes)
         assert any("do not fit into free memory" in note for note in found.notes)

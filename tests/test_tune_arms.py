@@ -2,7 +2,7 @@
 
 import pytest
 
-from flashmoe.bench import tune_model
+from flashmoe.bench import arms, tune_model
 from flashmoe.bench.arms import ROUNDS, try_arms
 from flashmoe.bench.tune_model import Decoder, tuned_by
 from flashmoe.engine import FlashMoEModel
@@ -126,7 +126,8 @@ class TestTime:
         outcome = try_arms(model, Choice(), 1.0, uncached=True, clock=lambda: model.now)
         assert names(outcome) == ["as by default"]
         assert outcome.best.median == pytest.approx(0.1)
-        assert len(outcome.notes) == 3
+        assert "no time for more than its first tokens" in outcome.notes[0]
+        assert len(outcome.notes) == 4
 
     def test_a_bank_of_everything(self):
         found = tried(Scripted(lambda model: 10.0, bank_bytes=10**7))
@@ -145,14 +146,20 @@ def small(demo_store):
     with pytest.raises(MemoryBudgetError) as refused:
         FlashMoEModel.from_pretrained(demo_store, memory="1MB", **options)
     memory = refused.value.least_bytes + 6 * 10**6
-    with FlashMoEModel.from_pretrained(demo_store, memory=memory, **options) as model:
-        plan = model.memory_plan
-        assert 2 * plan.least_bank_bytes < plan.bank_bytes < plan.most_bank_bytes
-        yield model
+    for _ in range(5):
+        with FlashMoEModel.from_pretrained(demo_store, memory=memory, **options) as model:
+            plan = model.memory_plan
+            if 3 * plan.least_bank_bytes < plan.bank_bytes < plan.most_bank_bytes:
+                yield model
+                return
+        # The process itself may have become smaller.
+        memory += 6 * plan.least_bank_bytes - plan.bank_bytes
+    raise AssertionError("no memory gives a part of the experts")
 
 
 class TestModel:
-    def test_every_setting_of_a_real_model(self, small, demo_store):
+    def test_every_setting_of_a_real_model(self, small, demo_store, monkeypatch):
+        monkeypatch.setattr(arms, "MOST_TURN", 3)
         seen = []
 
         def moved():
@@ -162,7 +169,7 @@ class TestModel:
         uncached = uncached_problem(next((demo_store / "experts").iterdir())) is None
         whole = small.memory_plan.bank_bytes
         decoder = Decoder(small)
-        found = try_arms(decoder, small.choice, 3.0, uncached=uncached, moved=moved)
+        found = try_arms(decoder, small.choice, 30.0, uncached=uncached, moved=moved)
         assert names(found)[0] == "as by default"
         assert HALF in names(found)
         half = next(arm for arm in found.arms if arm.name == HALF)

@@ -124,7 +124,7 @@ def try_arms(
     turns.fill(model.bank_bytes, LEAST_FILLING)
     turns.run(base, others, ROUNDS_SHARE if half else 1.0)
     if not base.rates:
-        turns.one(base)
+        turns.guess(base)
     arms = [base, *(arm for arm in others if arm.rates)]
     turns.notes += [f"no time was left for: {arm.name}" for arm in others if not arm.rates]
     best = max(arms, key=lambda arm: arm.median)
@@ -243,9 +243,12 @@ class _Turns:
                 return
             self._token_seconds = 1 / base.rates[-1]
 
-    def one(self, arm: Arm) -> None:
-        """One short turn, whatever time is left."""
-        arm.rates.append(self._turn(arm, LEAST_TURN))
+    def guess(self, arm: Arm) -> None:
+        """Take the tokens that filled the bank for its rate, there being no time for others."""
+        arm.rates.append(1 / self._token_seconds)
+        arm.hits, arm.misses = self._model.accesses
+        arm.bank_bytes, arm.page_cache = self._model.bank_bytes, self._model.page_cache
+        self.notes.append(f"{arm.name}: there was no time for more than its first tokens")
 
     def _turn(self, arm: Arm, tokens: int) -> float:
         """Tokens per second of one turn."""

@@ -22,8 +22,8 @@ from flashmoe.tuning import Choice, parse_choice
 # Greedy answers of a model that says little go round in circles, and so do their experts.
 TEMPERATURE = 1.0
 ANSWER_TOKENS = 256
-# A new process begins, and imports what it needs.
-START_SECONDS = 2.0
+# A process ends its last turn so long before its time is over.
+END_SECONDS = 2.0
 # Beyond its time, a process may finish what it began.
 GRACE_SECONDS = 5.0
 # Of the time: at most so much for bringing all records into the page cache.
@@ -87,7 +87,8 @@ def tune_model(
         "memory": memory,
         "choice": asdict(choice),
         "uncached": reads.uncached is not None,
-        "seconds": left - START_SECONDS,
+        # By the clock that processes share: starting one is part of its time.
+        "ends": time.time() + left - END_SECONDS,
     }
     try:
         found = run_apart(try_arms_as_json, task, limit_seconds=left + GRACE_SECONDS, tick=tick)
@@ -106,16 +107,15 @@ def tune_model(
 def try_arms_as_json(task: dict[str, Any], progress: Share) -> dict[str, Any]:
     """What the process of its own does."""
     choice = parse_choice(task["choice"])
-    started = time.perf_counter()
     options = Options(memory=task["memory"], tuned=choice)
     with FlashMoEModel(open_store(task["store"]), options) as model:
-        loading = time.perf_counter() - started
+        seconds = max(task["ends"] - time.time(), 0.0)
         outcome = try_arms(
             Decoder(model),
             choice,
-            task["seconds"] - loading,
+            seconds,
             uncached=task["uncached"],
-            moved=lambda: progress((time.perf_counter() - started) / task["seconds"]),
+            moved=lambda: progress(1 - max(task["ends"] - time.time(), 0) / max(seconds, 1e-9)),
         )
     return asdict(tuned_by(outcome))
 
