@@ -2,7 +2,8 @@
 
     python scripts/repack_rate.py CHECKPOINT --scratch FOLDER --rounds 5
 
-Copy and repack take turns, each repack in a process of its own, whose peak memory is printed.
+Copy and repack take turns, each repack in a process of its own, whose peak memory is printed, and
+the processor time of both, which says something on a busy machine too.
 The page cache is dropped before each where this process may do that.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -35,6 +37,12 @@ def drop_page_cache() -> bool:
     except OSError:
         return False
     return True
+
+
+def processor_seconds() -> float:
+    """What the processes that ended have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def copy(source: Path, scratch: Path) -> float:
@@ -76,17 +84,25 @@ def main() -> None:
     options.scratch.mkdir(parents=True, exist_ok=True)
     size = sum(path.stat().st_size for path in options.source.glob("model*.safetensors"))
     copies, repacks, peak = [], [], 0
+    busy: dict[str, list[float]] = {"cp": [], "repack": []}
     for _ in range(options.rounds):
         cold = drop_page_cache()
+        before = processor_seconds()
         copies.append(size / copy(options.source, options.scratch) / 1e9)
+        busy["cp"].append((processor_seconds() - before) / size * 1e9)
         drop_page_cache()
+        before = processor_seconds()
         seconds, used = repack(options.source, options.scratch)
         repacks.append(size / seconds / 1e9)
+        busy["repack"].append((processor_seconds() - before) / size * 1e9)
         peak = max(peak, used)
     print(f"{size / 1e9:.2f} GB, page cache {'cold' if cold else 'as it was'}")
     for name, rates in (("cp", copies), ("repack", repacks)):
         middle = statistics.median(rates)
-        print(f"{name:<7} {middle:.3f} GB/s ({min(rates):.3f} to {max(rates):.3f})")
+        print(
+            f"{name:<7} {middle:.3f} GB/s ({min(rates):.3f} to {max(rates):.3f}), "
+            f"{statistics.median(busy[name]):.2f} s of processor time per GB"
+        )
     share = statistics.median(repacks) / statistics.median(copies)
     print(f"repack runs at {share:.0%} of cp; peak memory {peak / 1e6:.0f} MB")
 
