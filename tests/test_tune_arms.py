@@ -110,7 +110,7 @@ class TestChoice:
             return (12.0 if model.page_cache else 10.0) * (1.5 if was_halved(model) else 1.0)
 
         found = tried(Scripted(speed))
-        assert names(found)[-1] == "as by default, again"
+        assert names(found)[-1] == "page cache, again"
         assert found.best.choice.bank == BankChoice(BANK, 1.0, page_cache=True, forecast=True)
 
     def test_a_little_faster_is_not_enough(self):

@@ -131,25 +131,16 @@ def try_arms(
     turns.notes += [f"no time was left for: {arm.name}" for arm in others if not arm.rates]
     if whole:
         turns.notes.append("the bank holds every expert: there is nothing else to choose")
-    bases = [base]
+    ranked = sorted(arms, key=lambda arm: arm.median, reverse=True)
+    best = next((arm for arm in ranked if _beats(arm, base)), base)
     if half is not None:
         turns.run(half, [], ROUNDS_SHARE)
-        if not half.rates:
-            turns.notes.append(f"no time was left for: {half.name}")
-        else:
-            if _beats(half, base):
-                bases.append(_again(turns, base, model))
-            arms.append(half)
-    ranked = sorted(arms, key=lambda arm: arm.median, reverse=True)
-    best = next(
-        (
-            arm
-            for arm in ranked
-            if all(_beats(arm, other) for other in (bases if arm is half else [base]))
-        ),
-        base,
-    )
-    arms += [arm for arm in bases[1:] if arm.rates]
+        arms += [half] if half.rates else []
+        turns.notes += [] if half.rates else [f"no time was left for: {half.name}"]
+        if _beats(half, best):
+            again = _again(turns, best, model)
+            arms += [again] if again.rates else []
+            best = half if _beats(half, again) else best
     return Outcome(best, tuple(arms), tuple(turns.notes))
 
 
@@ -170,10 +161,10 @@ def _others(
     return [Arm(name, replace(choice, bank=bank)) for name, bank in others], half
 
 
-def _again(turns: _Turns, base: Arm, model: Tried) -> Arm:
-    """The default once more: a machine that changed meanwhile shows it by that."""
-    again = Arm(f"{base.name}, again", base.choice)
-    model.retune(base.choice)
+def _again(turns: _Turns, arm: Arm, model: Tried) -> Arm:
+    """What was best once more: a machine that changed meanwhile shows it by that."""
+    again = Arm(f"{arm.name}, again", arm.choice)
+    model.retune(arm.choice)
     turns.fill(round(model.bank_bytes * (1 - HALF)), 0)
     turns.run(again, [], 1.0)
     if not again.rates:
