@@ -49,6 +49,10 @@ class Scripted:
         return taken
 
 
+def was_halved(model):
+    return any(choice.bank and choice.bank.bank_share < 1 for choice in model.choices)
+
+
 def tried(model, seconds=100.0, uncached=True):
     outcome = try_arms(model, Choice(), seconds, uncached=uncached, clock=lambda: model.now)
     assert model.now <= seconds + 2
@@ -83,7 +87,7 @@ class TestChoice:
         assert names(found) == [*WHOLE, HALF, "as by default, again"]
 
     def test_a_machine_that_became_faster(self):
-        found = tried(Scripted(lambda model: 10.0 if model.now < 33 else 15.0))
+        found = tried(Scripted(lambda model: 15.0 if was_halved(model) else 10.0))
         assert names(found)[-1] == "as by default, again"
         assert found.best.choice.bank is None
 
@@ -98,6 +102,16 @@ class TestChoice:
     def test_another_way_with_all_of_it(self, speed, bank):
         found = tried(Scripted(speed))
         assert found.best.choice.bank == BankChoice(BANK, 1.0, **bank)
+
+    def test_the_second_best_where_the_best_is_luck(self):
+        """Half the bank was fastest, but so was everything by then."""
+
+        def speed(model):
+            return (12.0 if model.page_cache else 10.0) * (1.5 if was_halved(model) else 1.0)
+
+        found = tried(Scripted(speed))
+        assert names(found)[-1] == "page cache, again"
+        assert found.best.choice.bank == BankChoice(BANK, 1.0, page_cache=True, forecast=True)
 
     def test_a_little_faster_is_not_enough(self):
         found = tried(Scripted(lambda model: 10.0 if model.forecast else 10.4))

@@ -125,24 +125,22 @@ def try_arms(
     turns.run(base, others, ROUNDS_SHARE if half else 1.0)
     if not base.rates:
         turns.guess(base)
+        others += [] if half is None else [half]
+        half = None
     arms = [base, *(arm for arm in others if arm.rates)]
     turns.notes += [f"no time was left for: {arm.name}" for arm in others if not arm.rates]
-    best = max(arms, key=lambda arm: arm.median)
-    bases = [base]
     if whole:
         turns.notes.append("the bank holds every expert: there is nothing else to choose")
+    ranked = sorted(arms, key=lambda arm: arm.median, reverse=True)
+    best = next((arm for arm in ranked if _beats(arm, base)), base)
     if half is not None:
         turns.run(half, [], ROUNDS_SHARE)
-        if not half.rates:
-            turns.notes.append(f"no time was left for: {half.name}")
-        else:
-            arms.append(half)
-            if half.median > best.median:
-                best = half
-                bases.append(_again(turns, base, model))
-                arms += [arm for arm in bases[1:] if arm.rates]
-    if best is not base and not all(_beats(best, other) for other in bases):
-        best = base
+        arms += [half] if half.rates else []
+        turns.notes += [] if half.rates else [f"no time was left for: {half.name}"]
+        if _beats(half, best):
+            again = _again(turns, best, model)
+            arms += [again] if again.rates else []
+            best = half if _beats(half, again) else best
     return Outcome(best, tuple(arms), tuple(turns.notes))
 
 
@@ -163,10 +161,10 @@ def _others(
     return [Arm(name, replace(choice, bank=bank)) for name, bank in others], half
 
 
-def _again(turns: _Turns, base: Arm, model: Tried) -> Arm:
-    """The default once more: a machine that changed meanwhile shows it by that."""
-    again = Arm(f"{base.name}, again", base.choice)
-    model.retune(base.choice)
+def _again(turns: _Turns, arm: Arm, model: Tried) -> Arm:
+    """What was best once more: a machine that changed meanwhile shows it by that."""
+    again = Arm(f"{arm.name}, again", arm.choice)
+    model.retune(arm.choice)
     turns.fill(round(model.bank_bytes * (1 - HALF)), 0)
     turns.run(again, [], 1.0)
     if not again.rates:
@@ -230,7 +228,9 @@ class _Turns:
             seconds = (ends - self._clock()) / len(arms)
             tokens = int(seconds / (ROUNDS - number) / self._token_seconds) - SETTLING
             tokens = min(max(tokens, LEAST_TURN), MOST_TURN)
-            if seconds < (tokens + SETTLING) * self._token_seconds:
+            # The tokens that filled the bank took longer than those of a first round will.
+            most = seconds if base.rates else (self._ends - self._clock()) / len(arms)
+            if most < (tokens + SETTLING) * self._token_seconds:
                 return
             rates = {
                 arm.name: self._turn(arm, tokens) for arm in (arms[::-1] if number % 2 else arms)
