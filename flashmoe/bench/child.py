@@ -126,6 +126,8 @@ def main() -> None:
     # Libraries may print; what they print goes elsewhere.
     messages = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    # At once, or it would come behind what ends the process.
+    sys.stdout = sys.stderr
     said = 0.0
 
     def say(message: dict[str, Any]) -> None:
