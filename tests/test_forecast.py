@@ -22,9 +22,9 @@ from flashmoe import FlashMoEModel, ReadError, engine
 from flashmoe.io.reader import Priority
 from flashmoe.io.threads import ThreadReader
 from flashmoe.store.reader import Store
-from flashmoe.streaming import experts, forecast
+from flashmoe.streaming import experts
 from flashmoe.streaming.budget import layer_demands
-from flashmoe.streaming.forecast import Foresight, Trial, Width
+from flashmoe.streaming.forecast import Foresight, Trial
 
 __all__ = ["store"]
 
@@ -282,68 +282,6 @@ def test_any_order_of_guesses_and_demands(store: Store, n_slots: int) -> None:
         assert_holds(bank, draw.sample(range(8), draw.randint(1, 3)))
         bank.check_integrity()
     assert 0 < stats.guessed_right <= stats.guessed
-
-
-def test_width_follows_precision() -> None:
-    width = Width(4)
-    assert width.next(0, 0) == 4
-    guessed = right = 0
-    found = []
-    for precision in (0.9, 0.3, 0.3, 0.5, 0.9, 0.1, 0.1, 0.1):
-        guessed += 20
-        right += round(20 * precision)
-        found.append(width.next(guessed, right))
-    assert found == [4, 3, 2, 2, 3, 2, 1, 0]
-    rested = [width.next(guessed, right) for _ in range(forecast.REST)]
-    assert rested == [0] * (forecast.REST - 1) + [1]
-
-
-@pytest.mark.parametrize("better", [True, False])
-def test_a_trial_keeps_the_faster_way(better: bool) -> None:
-    now = 0.0
-    trial = Trial(lambda: now)
-    ways = []
-    for _ in range(2 * (forecast.HOLD + 2 * forecast.WINDOW + 2)):
-        trial.next_token()
-        ways.append(trial.on)
-        # Everything becomes faster, as with a bank that fills up.
-        now += (1.0 if trial.on == better else 1.5) * (1 + 20 / len(ways))
-    first = forecast.WINDOW
-    assert ways[: 2 * first] == [True, False, False, True] * (first // 2)
-    held = ways[2 * first : 2 * first + forecast.HOLD]
-    assert held == [better] * forecast.HOLD
-    # And then it is tried again.
-    again = ways[2 * first + forecast.HOLD + 1 :]
-    assert set(again[: 2 * first]) == {True, False}
-
-
-def test_a_trial_waits_until_nothing_disturbs() -> None:
-    """Slow tokens that say nothing do not count, nor does a time in which it was switched off."""
-    now, disturbed = 0.0, True
-    trial = Trial(lambda: now, lambda: disturbed)
-    for _ in range(forecast.WINDOW):
-        trial.next_token()
-        assert trial.on
-        now += 100.0
-    disturbed = False
-    ways = []
-    for number in range(3 * forecast.WINDOW):
-        if number == forecast.WINDOW:
-            trial.switch(on=False)
-            for _ in range(forecast.HOLD):
-                trial.next_token()
-                assert not trial.on
-                now += 50.0
-            trial.switch(on=True)
-        trial.next_token()
-        ways.append(trial.on)
-        now += 1.0 if trial.on else 1.5
-    # The first token of either time has none before it to be measured by.
-    assert ways[-4:] == [True] * 4
-    assert trial._times == {
-        True: [1.0] * forecast.WINDOW,
-        False: [1.5] * forecast.WINDOW,
-    }
 
 
 def foresee(model: FlashMoEModel, guesses: Any) -> None:
