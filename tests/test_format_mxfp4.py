@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 from checkpoints import mlx_arrays, store_tensors
 from format_cases import FORMATS, digest, digests
-from stores import folder_content
 
 from flashmoe import OptionError, repack
-from flashmoe.repacking import load
 from flashmoe.store.layout import Quantization
 
 CASE = FORMATS / "mxfp4_gpt_oss"
@@ -68,15 +66,6 @@ def test_what_is_not_packed_stays(dest: Path) -> None:
         assert stored[name][2] == np.array(given[name].view(mx.uint16)).tobytes()
     for layer in store.manifest.layers:
         assert set(layer.layout.projections.values()) == {Quantization(4, 32, "mxfp4")}
-
-
-def test_the_whole_way_is_the_same(
-    tmp_path: Path, dest: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = repack(CASE, dest)
-    monkeypatch.setattr(load, "trace", lambda *_: None)
-    whole = repack(CASE, tmp_path / "whole.flashmoe")
-    assert folder_content(whole.path) == folder_content(store.path)
 
 
 def test_it_is_packed_already(dest: Path) -> None:

@@ -64,7 +64,7 @@ def test_the_store_is_that_of_the_unpacked_checkpoint(
     assert folder_content(whole.path) == folder_content(store.path)
 
 
-@pytest.mark.parametrize("case", ["awq_qwen3_moe", "gptq_mixtral"])
+@pytest.mark.parametrize("case", [*KEPT, "compressed_qwen3_moe"])
 def test_what_cannot_be_traced_is_read_whole(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
