@@ -13,6 +13,16 @@ import numpy.typing as npt
 from flashmoe.checkpoint.architecture import replace_modules
 from flashmoe.model.routers import Forecaster
 
+# The families whose experts cannot be forecast, and why.
+WITHOUT = {
+    "gemma4": "the router is beside the experts' block and has a norm of its own",
+    "gemma4_text": "the router is beside the experts' block and has a norm of its own",
+    "kimi_k3": "the experts are given a projection of what the router is given",
+    "longcat_flash": "the router also chooses experts that compute nothing",
+    "longcat_flash_ngram": "the router also chooses experts that compute nothing",
+    "nemotron_h": "the experts are given a projection of what the router is given",
+}
+
 Step = tuple[mx.array, npt.NDArray[Any]]
 
 

@@ -4,80 +4,41 @@ import os
 import mlx.core as mx
 import numpy as np
 import pytest
+from banks import (
+    CONTENTS,
+    LAYOUT,
+    N_EXPERTS,
+    READ_BYTES,
+    STRIDE,
+    TOP_K,
+    assert_holds,
+    make_bank,
+    memory_reader,
+    slot_bytes,
+    store,
+    widened,
+    write_bank_store,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from readers import MemoryReader, delayed_preadv, short_preadv
-from stores import layer_contents, layer_layout, record_parts, resident_contents, write_store
+from readers import delayed_preadv, short_preadv
+from stores import layer_layout, record_parts, resident_contents, write_store
 
 from flashmoe.dtypes import array_bytes
 from flashmoe.errors import FlashMoEError, ReadError
 from flashmoe.io.threads import ThreadReader
 from flashmoe.store.layout import TensorSpec
 from flashmoe.store.reader import open_store
-from flashmoe.streaming.bank import LayerBank
 from flashmoe.streaming.table import ABSENT
 from flashmoe.streaming.telemetry import Stats
 
-N_EXPERTS = 8
-TOP_K = 3
-LAYOUT = layer_layout(n_experts=N_EXPERTS, top_k=TOP_K)
-CONTENTS = layer_contents(LAYOUT, seed=5)
-# Random bytes are NaN now and then; clearing an exponent bit makes every 16-bit float finite.
-for name, mask in (("gate_proj.scales", 0xBFFF), ("down_proj.weight", 0xBFFF)):
-    CONTENTS[name] = (np.frombuffer(CONTENTS[name], "<u2") & mask).tobytes()
-STRIDE = LAYOUT.record.stride
-# What a read covers: the record without the padding behind its last component.
-READ_BYTES = 8192 + 140
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bank") / "tiny.flashmoe"
-    write_store(folder, [(LAYOUT, CONTENTS)], resident_contents())
-    return open_store(folder)
+__all__ = ["store"]
 
 
 @pytest.fixture
 def own_store(tmp_path):
     """A store that the test may damage."""
-    folder = tmp_path / "tiny.flashmoe"
-    write_store(folder, [(LAYOUT, CONTENTS)], resident_contents())
-    return open_store(folder)
-
-
-def memory_reader(store):
-    path = store.file(LAYOUT.file)
-    return MemoryReader({path: path.read_bytes()})
-
-
-def make_bank(store, reader, n_slots=4, *, layout=LAYOUT, widen=False, **options):
-    stats = Stats()
-    return LayerBank(store, layout, reader, stats, n_slots=n_slots, widen=widen, **options), stats
-
-
-def slot_bytes(bank, name, slot):
-    """What a kernel finds in one slot of a component."""
-    return bytes(array_bytes(bank.memory.weights[name][slot]))
-
-
-def widened(dtype, content):
-    """MLX's own conversion of 16-bit floats to float32, as bytes."""
-    bits = mx.array(np.frombuffer(content, "<u2"))
-    kind = mx.bfloat16 if dtype == "BF16" else mx.float16
-    return bytes(array_bytes(bits.view(kind).astype(mx.float32)))
-
-
-def assert_holds(bank, experts, *, widen=False):
-    table = bank.acquire(experts)
-    for expert in experts:
-        parts = record_parts(LAYOUT, CONTENTS, expert)
-        for component in LAYOUT.record.components:
-            content = parts[component.name]
-            if widen and component.dtype in ("BF16", "F16"):
-                content = widened(component.dtype, content)
-            assert slot_bytes(bank, component.name, table[expert]) == content
-    bank.check_integrity()
-    return table
+    return write_bank_store(tmp_path)
 
 
 class TestCounting:

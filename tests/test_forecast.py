@@ -11,15 +11,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from banks import LAYOUT, STRIDE, assert_holds, make_bank, memory_reader, slow, store
 from families import save_checkpoint
 from mlx_lm.models.cache import make_prompt_cache
 from natives import compiled
-from readers import FaultyReader, MemoryReader
-from test_bank import LAYOUT, STRIDE, assert_holds, make_bank, memory_reader, store
+from readers import FaultyReader
 
 import flashmoe
 from flashmoe import FlashMoEModel, ReadError, engine
-from flashmoe.io.reader import Priority
 from flashmoe.io.threads import ThreadReader
 from flashmoe.store.reader import Store
 from flashmoe.streaming import experts
@@ -27,50 +26,6 @@ from flashmoe.streaming.budget import layer_demands
 from flashmoe.streaming.forecast import Foresight, Trial
 
 __all__ = ["store"]
-
-
-class Slow(MemoryReader):
-    """Forecast batches end when the test lets them, and can be cancelled until they begin."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.waiting: list[SlowTicket] = []
-
-    def submit(self, requests: Any, priority: Priority = Priority.DEMAND) -> Any:
-        if priority == Priority.DEMAND:
-            return super().submit(requests, priority)
-        ticket = SlowTicket(super().submit, requests)
-        self.waiting.append(ticket)
-        return ticket
-
-
-class SlowTicket:
-    def __init__(self, submit: Any, requests: Any) -> None:
-        self._submit, self._requests, self._inner = submit, requests, None
-        self.begun = self.dropped = False
-
-    def end(self) -> None:
-        if not self.dropped and self._inner is None:
-            self._inner = self._submit(self._requests)
-
-    def done(self) -> bool:
-        return self.dropped or self._inner is not None
-
-    def cancel(self) -> int:
-        if self.begun or self.done():
-            return 0
-        self.dropped = True
-        return 1
-
-    def wait(self) -> None:
-        self.end()
-        assert self._inner is not None
-        self._inner.wait()
-
-
-def slow(store: Store, bad_offset: int | None = None) -> Slow:
-    path = store.file(LAYOUT.file)
-    return Slow({path: path.read_bytes()}, bad_offset)
 
 
 def test_a_guess_that_landed_is_a_hit(store: Store) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from banks import LAYOUT, STRIDE, make_bank, memory_reader, store
 from families import FAMILIES, save_checkpoint
 from mlx_lm.models.cache import make_prompt_cache
 from natives import compiled
 from readers import FaultyReader, MemoryReader
-from test_bank import LAYOUT, STRIDE, make_bank, memory_reader, store
 
 import flashmoe
 from flashmoe import FlashMoEModel, ReadError, engine

@@ -7,10 +7,10 @@ import itertools
 
 import mlx.core as mx
 import pytest
+from banks import LAYOUT, STRIDE, make_bank, memory_reader, store
 from families import save_checkpoint
 from mlx_lm.models.cache import make_prompt_cache
 from readers import MemoryReader
-from test_bank import LAYOUT, STRIDE, make_bank, memory_reader, store
 
 import flashmoe
 from flashmoe import FlashMoEModel, ReadError, Stats

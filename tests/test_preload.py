@@ -11,12 +11,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from banks import LAYOUT, STRIDE, Slow, assert_holds, make_bank, memory_reader, slow, store
 from families import save_checkpoint
 from mlx_lm.models.cache import make_prompt_cache
 from natives import compiled
 from readers import FaultyReader
-from test_bank import LAYOUT, STRIDE, assert_holds, make_bank, memory_reader, store
-from test_forecast import Slow, slow
 
 import flashmoe
 from flashmoe import FlashMoEModel, ReadError, engine

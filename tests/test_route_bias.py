@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from families import FAMILIES, build_model
-from test_routers import WITHOUT
+from routing import WITHOUT
 
 from flashmoe.checkpoint.architecture import expert_modules, replace_modules
 from flashmoe.checkpoint.top_k import _with_top_k

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchLinear
 from natives import compiled
-from routing import observe, recalls
+from routing import WITHOUT, observe, recalls
 
 from flashmoe import FlashMoEModel
 from flashmoe.checkpoint.architecture import expert_modules
@@ -27,14 +27,6 @@ from flashmoe.model.scoring import Groups
 from flashmoe.streaming.experts import StreamedExperts
 
 # Families without forecasters, and why.
-WITHOUT = {
-    "gemma4": "the router is beside the experts' block and has a norm of its own",
-    "gemma4_text": "the router is beside the experts' block and has a norm of its own",
-    "kimi_k3": "the experts are given a projection of what the router is given",
-    "longcat_flash": "the router also chooses experts that compute nothing",
-    "longcat_flash_ngram": "the router also chooses experts that compute nothing",
-    "nemotron_h": "the experts are given a projection of what the router is given",
-}
 # Four residual streams are mixed anew in every layer.
 MIXED = {"deepseek_v41"}
 WITH = [family for family in FAMILIES if family not in WITHOUT]
