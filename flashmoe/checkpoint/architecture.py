@@ -62,6 +62,15 @@ def build_model(config: Config) -> tuple[nn.Module, Config]:
     Raises SourceError for an unknown model type or a config that lacks a key.
     """
     try:
+        return _build(config)
+    finally:
+        # Each initial weight takes a random key, a lazy function of the one before: never
+        # evaluated, that chain grows with every model that is built.
+        mx.eval(mx.random.state)
+
+
+def _build(config: Config) -> tuple[nn.Module, Config]:
+    try:
         normal = normalize(config)
         model_class, args_class = model_classes(normal)
         while True:
