@@ -14,8 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flashmoe.engine import FlashMoEModel
-    from flashmoe.errors import (
+    from flashmoe.bank.stats import Stats
+    from flashmoe.base.errors import (
         FlashMoEError,
         MemoryBudgetError,
         OptionError,
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
         StoreError,
         StoreInUseError,
     )
+    from flashmoe.engine.api import FlashMoEModel
+    from flashmoe.engine.options import Options
     from flashmoe.generation.session import Piece, Sampling, Session
-    from flashmoe.options import Options
-    from flashmoe.repacking.execute import repack
+    from flashmoe.repacking.repack import repack
     from flashmoe.store.inspect import StoreSummary, inspect
     from flashmoe.store.verify import VerifyReport, verify
-    from flashmoe.streaming.telemetry import Stats
 
 __all__ = [
     "FlashMoEError",
@@ -55,16 +55,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FlashMoEModel": "engine",
-    "Options": "options",
+    "FlashMoEModel": "engine.api",
+    "Options": "engine.options",
     "Piece": "generation.session",
     "Sampling": "generation.session",
     "Session": "generation.session",
-    "Stats": "streaming.telemetry",
+    "Stats": "bank.stats",
     "StoreSummary": "store.inspect",
     "VerifyReport": "store.verify",
     "inspect": "store.inspect",
-    "repack": "repacking.execute",
+    "repack": "repacking.repack",
     "verify": "store.verify",
 }
 
@@ -76,5 +76,5 @@ def __getattr__(name: str) -> Any:
         return version("flashmoe")
     if name not in __all__:
         raise AttributeError(f"module 'flashmoe' has no attribute {name!r}")
-    module = importlib.import_module(f"flashmoe.{_HOMES.get(name, 'errors')}")
+    module = importlib.import_module(f"flashmoe.{_HOMES.get(name, 'base.errors')}")
     return getattr(module, name)

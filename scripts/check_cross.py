@@ -2,8 +2,8 @@
 
 The compiler is zig's clang (`ziglang` on PyPI), which brings the headers of every system. For
 macOS the library is compiled and linked, and what it exports and imports is read from the file.
-For Linux on ARM `tests/native_check.cpp` is run by qemu: the NEON kernels against float64. A tool
-that is missing is an error, or just a line with --where-possible.
+For Linux on ARM `tests/native/native_check.cpp` is run by qemu: the NEON kernels against float64.
+A tool that is missing is an error, or just a line with --where-possible.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def check_linux(target: str) -> str:
     emulator = find_emulator()
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "native_check"
-        extra = [ROOT / "tests" / name for name in CHECK_SOURCES]
+        extra = [ROOT / "tests" / "native" / name for name in CHECK_SOURCES]
         compile_for(target, program, extra=extra, shared=False)
         done = subprocess.run(
             [*emulator, program, "neon"], text=True, capture_output=True, check=False

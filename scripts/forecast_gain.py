@@ -3,10 +3,10 @@
     python scripts/forecast_gain.py STORE [--cache 2500MB] [--tokens 25] [--rounds 5]
 
 First: how long a token takes with every expert in memory, and how many bytes it misses in a bank of
-`--cache`. From these follow the speeds of emulated disks (tests/delaying.py) that need twice as
-long for reading a token's records as computing takes, or just as long, or a tenth. At each, the
-same prompts are answered with and without reading ahead, in turns in one process, after one round
-of warm-up. Then the same where guesses can only cost: with every expert in memory, and with
+`--cache`. From these follow the speeds of emulated disks (tests/support/delaying.py) that need
+twice as long for reading a token's records as computing takes, or just as long, or a tenth. At
+each, the same prompts are answered with and without reading ahead, in turns in one
+process, after one round of warm-up. Then the same where guesses can only cost: with every expert in memory, and with
 guesses that are the least likely experts instead of the likeliest.
 
 `gain` is the median over rounds of speed with reading ahead over speed without, less one; `read`
@@ -29,15 +29,15 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1]))
 
-from delaying import DelayingReader
-
-from flashmoe import FlashMoEModel, engine
+from flashmoe import FlashMoEModel
+from flashmoe.bank.stats import Stats
+from flashmoe.base.units import format_size
+from flashmoe.engine import api
 from flashmoe.io.reader import Reader
 from flashmoe.store.reader import open_store
-from flashmoe.streaming.telemetry import Stats
-from flashmoe.units import format_size
+from tests.support.delaying import DelayingReader
 
 TARGETS = {"gain": 0.10, "cost": 0.02, "read without": 1.02, "read with": 1.25}
 # Reading over computing, without reading ahead.
@@ -94,7 +94,7 @@ def open_model(
     store: Path, cache: str, forecast: bool, bytes_per_second: float | None
 ) -> FlashMoEModel:
     """A model behind an emulated disk, or behind this machine's."""
-    open_reader = engine.open_reader
+    open_reader = api.open_reader
 
     def open_slow(*args: Any, **kwargs: Any) -> Reader:
         reader = open_reader(*args, **kwargs)
@@ -102,7 +102,7 @@ def open_model(
             return reader
         return DelayingReader(reader, bytes_per_second=bytes_per_second)
 
-    with mock.patch.object(engine, "open_reader", open_slow):
+    with mock.patch.object(api, "open_reader", open_slow):
         return FlashMoEModel(open_store(store), cache=cache, forecast=forecast)
 
 
@@ -116,12 +116,12 @@ def prompts(model: FlashMoEModel, rounds: int, length: int = 12) -> list[list[in
 @contextmanager
 def least_likely() -> Iterator[None]:
     """Guesses are the experts that a router gives the lowest scores."""
-    find = engine.find_forecasters
+    find = api.find_forecasters
 
     def found(*args: Any) -> Any:
         return [g and (lambda x, g=g: g(x, g.n_experts)[-g.top_k :][::-1]) for g in find(*args)]
 
-    with mock.patch.object(engine, "find_forecasters", found):
+    with mock.patch.object(api, "find_forecasters", found):
         yield
 
 

@@ -23,7 +23,7 @@ from flashmoe import FlashMoEModel
 from flashmoe.bench.prompts import QUESTIONS
 from flashmoe.checkpoint.architecture import replace_modules
 from flashmoe.checkpoint.config import read_config
-from flashmoe.model.routers import find_forecasters
+from flashmoe.model.predictor import find_forecasters
 from flashmoe.streaming.experts import StreamedExperts
 
 

@@ -23,11 +23,11 @@ import numpy.typing as npt
 from mlx_lm.models.cache import make_prompt_cache
 
 from flashmoe import FlashMoEModel
+from flashmoe.base.units import format_size
+from flashmoe.engine.model_cache import open_model
 from flashmoe.generation.prompt import encode_prompt
-from flashmoe.locate import open_model
+from flashmoe.memory.budget import layer_demands
 from flashmoe.store.reader import Store
-from flashmoe.streaming.budget import layer_demands
-from flashmoe.units import format_size
 
 Floats = npt.NDArray[np.float32]
 

@@ -28,6 +28,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import flashmoe
 from flashmoe import FlashMoEError
+from flashmoe.base.errors import OptionError, SourceError, StoreError
+from flashmoe.base.units import format_size
 from flashmoe.checkpoint.architecture import (
     REFUSALS,
     build_model,
@@ -37,10 +39,8 @@ from flashmoe.checkpoint.architecture import (
 )
 from flashmoe.checkpoint.config import Config
 from flashmoe.cli.console import byte_progress
-from flashmoe.errors import OptionError, SourceError, StoreError
 from flashmoe.store.layout import safetensors_header
 from flashmoe.store.writer import refuse_unless_ours
-from flashmoe.units import format_size
 
 CONFIGS = Path(__file__).with_name("configs")
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")

@@ -16,9 +16,10 @@ import sys
 import time
 from typing import Any
 
-from flashmoe import FlashMoEError, FlashMoEModel, Sampling, machine
+from flashmoe import FlashMoEError, FlashMoEModel, Sampling
+from flashmoe.base import machine
+from flashmoe.base.units import format_size, parse_size
 from flashmoe.store.reader import open_store
-from flashmoe.units import format_size, parse_size
 
 Report = dict[str, Any]
 

@@ -24,13 +24,14 @@ from typing import Any
 from make_synthetic import find_config, plan_checkpoint, write_checkpoint
 
 import flashmoe
-from flashmoe import FlashMoEError, FlashMoEModel, Sampling, machine
+from flashmoe import FlashMoEError, FlashMoEModel, Sampling
+from flashmoe.base import machine
+from flashmoe.base.units import format_size, parse_size
 from flashmoe.bench.cgroup import memory_cgroup
 from flashmoe.cli.console import byte_progress
 from flashmoe.io.plain import plain_rate
 from flashmoe.kernels.select import resolve_kernel
 from flashmoe.store.reader import Store, is_store, open_store
-from flashmoe.units import format_size, parse_size
 
 # Of a file that is read from front to back, and for how long each number of threads does that.
 PIECE_BYTES = 2**20

@@ -22,7 +22,7 @@ from pathlib import Path
 REPACK = """
 import sys
 from flashmoe import repack
-from flashmoe.machine import peak_resident_set_bytes
+from flashmoe.base.machine import peak_resident_set_bytes
 
 repack(sys.argv[1], sys.argv[2])
 print(peak_resident_set_bytes())

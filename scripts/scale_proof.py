@@ -37,13 +37,14 @@ from source_experts import ExpertSource, NoExperts, SourceExperts, put_in_place
 from sparse_source import LARGE_SHARES, as_published, plan_sparse
 
 import flashmoe
-from flashmoe import FlashMoEError, FlashMoEModel, machine
+from flashmoe import FlashMoEError, FlashMoEModel
+from flashmoe.base import machine
+from flashmoe.base.sparse_files import read_at
+from flashmoe.base.units import format_duration, format_size, parse_size
 from flashmoe.bench.cgroup import memory_cgroup
 from flashmoe.cli.console import byte_progress
-from flashmoe.holes import read_at
-from flashmoe.repacking.execute import dry_run
+from flashmoe.repacking.repack import dry_run
 from flashmoe.store.reader import open_store
-from flashmoe.units import format_duration, format_size, parse_size
 
 # Quantizing is slow, but for zeros: so many experts have one that is not zeros altogether.
 PUBLISHED_STEP = 8

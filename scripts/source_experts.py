@@ -13,8 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from flashmoe.base.dtypes import MLX_DTYPES, array_bytes
 from flashmoe.checkpoint.source import check_files, resolve
-from flashmoe.dtypes import MLX_DTYPES, array_bytes
 from flashmoe.store.layout import LayerLayout, Quantization
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

@@ -19,9 +19,9 @@ import mlx.core as mx
 from make_synthetic import CheckpointPlan, plan_checkpoint
 from synthetic_weights import Constant, Fill, Kept, Normal, PlannedTensor, SyntheticTensor
 
+from flashmoe.base.dtypes import MLX_DTYPES, array_bytes
 from flashmoe.checkpoint.architecture import build_model, expert_modules, projections_of
 from flashmoe.checkpoint.config import Config
-from flashmoe.dtypes import MLX_DTYPES, array_bytes
 from flashmoe.store.layout import TensorSpec
 
 # Rows of the last projection, which every value inside an expert goes through.

@@ -2,7 +2,7 @@
 
     python scripts/stress.py [--minutes 10] [--threads 3] [--seed 0]
 
-Every example draws a setting of the engine (tests/exact_settings.py: family, bank, staging,
+Every example draws a setting of the engine (tests/support/exact_settings.py: family, bank, staging,
 policy, forecast, chunk, reader, page cache, speed and disorder of the disk), and how often its
 reads fail and its waits are interrupted. What it says until then has to be byte-equal to the plain
 path, and so has what the same model says when it is asked again, until nothing fails. Banks are
@@ -30,11 +30,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1]))
 
-from exact_settings import CHOICES, Setting, Trials, logits
-
-from flashmoe.errors import ReadError
+from flashmoe.base.errors import ReadError
+from tests.support.exact_settings import CHOICES, Setting, Trials, logits
 
 PATIENCE_SECONDS = 60.0
 REPORT_SECONDS = 10.0

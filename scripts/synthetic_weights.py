@@ -23,8 +23,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from flashmoe.base.dtypes import array_bytes, dtype_name
 from flashmoe.checkpoint.architecture import expert_modules, projections_of
-from flashmoe.dtypes import array_bytes, dtype_name
 from flashmoe.store.layout import TensorSpec
 
 PIECE_BYTES = 16 * 2**20

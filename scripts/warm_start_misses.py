@@ -23,7 +23,7 @@ from statistics import mean
 from lossy_cost import bank_bytes
 
 from flashmoe import FlashMoEModel
-from flashmoe.locate import open_model
+from flashmoe.engine.model_cache import open_model
 from flashmoe.store.reader import Store
 
 

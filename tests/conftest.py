@@ -13,18 +13,19 @@ import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from commands import FLASHMOE, Result, Run
-from families import save_checkpoint
-from hub import Hub, save_small
 from hypothesis import settings
-from places import save_places
-from sessions import resident_model
-from stores import folder_content, tiny_store, write_one_layer
 
-from flashmoe import FlashMoEModel, repack, tuning
+from flashmoe import FlashMoEModel, repack
 from flashmoe.cli.main import main
 from flashmoe.demo import DEMO_FOLDER
+from flashmoe.engine import tuning
 from flashmoe.store.reader import Store
+from tests.support.commands import FLASHMOE, Result, Run
+from tests.support.families import save_checkpoint
+from tests.support.hub import Hub, save_small
+from tests.support.places import save_places
+from tests.support.sessions import resident_model
+from tests.support.stores import folder_content, tiny_store, write_one_layer
 
 settings.register_profile("seeded", derandomize=True, database=None, deadline=None)
 settings.load_profile("seeded")

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import mlx.core as mx
 import mlx_lm
 import pytest
-from answers import BARN, BARN_ANSWER, CAPITAL, CAPITAL_ANSWER, HELLO, HELLO_ANSWER
 
 import flashmoe
 from flashmoe import FlashMoEModel
 from flashmoe.checkpoint.config import read_config
 from flashmoe.demo import DEMO_FOLDER
-from flashmoe.model.memory import choose_widening
+from flashmoe.engine.needs import choose_widening
+from tests.support.answers import BARN, BARN_ANSWER, CAPITAL, CAPITAL_ANSWER, HELLO, HELLO_ANSWER
 
 ANSWERS = {
     CAPITAL: CAPITAL_ANSWER,

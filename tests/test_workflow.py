@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import yaml
-from commands import Run
+
+from tests.support.commands import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOW = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())

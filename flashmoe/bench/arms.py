@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from flashmoe.bench.race import LEAST_PAIRS, is_faster
-from flashmoe.tuning import BankChoice, Choice
+from flashmoe.engine.tuning import BankChoice, Choice
+from flashmoe.probe.race import LEAST_PAIRS, is_faster
 
 # A model's figures say more than those of a reader, and are noisier.
 MARGIN = 0.05

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
-from flashmoe.streaming.need import Step
+from flashmoe.memory.hit_curves import Step
 
 
 def belady_hits(steps: Sequence[Step], capacity: int) -> int:

@@ -7,19 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flashmoe.bank.policy.select import AUTO, POLICY_NAMES, make_policy
+from flashmoe.base.errors import OptionError
 from flashmoe.bench.belady import belady_hits
 from flashmoe.bench.replay import layer_steps, replay
 from flashmoe.bench.trace_file import TracedLayer, read_trace
-from flashmoe.errors import OptionError
-from flashmoe.streaming.budget import LayerDemand
-from flashmoe.streaming.need import (
+from flashmoe.memory.budget import LayerDemand
+from flashmoe.memory.hit_curves import (
     HitCurve,
     Step,
     lfu_hit_curve,
     lru_hit_curve,
     share_by_need,
 )
-from flashmoe.streaming.policy.select import AUTO, POLICY_NAMES, make_policy
 
 # Shares of all experts; one token's needs come first in any case.
 SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)

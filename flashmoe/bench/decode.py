@@ -7,19 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from flashmoe.base.errors import OptionError
+from flashmoe.base.units import parse_size
 from flashmoe.bench.cache import SHARES, bench_cache
-from flashmoe.bench.disk import Disk, DiskRate
-from flashmoe.bench.figures import PassFigures, pass_figures
-from flashmoe.bench.point import Point, PointRun, run_in_child
+from flashmoe.bench.decode_worker import Point, PointRun, run_in_child
+from flashmoe.bench.disk_rate import Disk, DiskRate
+from flashmoe.bench.pass_figures import PassFigures, pass_figures
 from flashmoe.bench.prompts import PROMPTS
-from flashmoe.bench.records import cached_share, evict
 from flashmoe.bench.trace_file import read_trace
-from flashmoe.errors import OptionError
+from flashmoe.engine.options import Options
 from flashmoe.generation.session import Sampling
-from flashmoe.options import Options
+from flashmoe.probe.record_files import cached_share, evict
 from flashmoe.store.reader import Store, open_store
 from flashmoe.streaming.parts import ALL_PARTS
-from flashmoe.units import parse_size
 
 COLD, WARM = "cold", "warm"
 

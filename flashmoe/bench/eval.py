@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from mlx_lm.models.cache import make_prompt_cache
 
+from flashmoe.base.errors import OptionError, PromptError, StoreError
 from flashmoe.bench.divergence import Divergence, Tally
-from flashmoe.engine import FlashMoEModel
-from flashmoe.errors import OptionError, PromptError, StoreError
+from flashmoe.engine.api import FlashMoEModel
+from flashmoe.engine.model_cache import cache_folder
+from flashmoe.engine.options import Options
 from flashmoe.generation.prompt import encode_prompt
-from flashmoe.locate import cache_folder
-from flashmoe.options import Options
 from flashmoe.store.reader import Store
 
 DEFAULT_WINDOW = 512

@@ -9,7 +9,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from flashmoe.bench.reading import (
+from flashmoe.base.errors import OptionError
+from flashmoe.bench.baselines import Rival, find_rival
+from flashmoe.io.depth import DEFAULT_THREADS
+from flashmoe.io.files import uncached_problem
+from flashmoe.probe.read_speed import (
     MMAP,
     Destinations,
     Reading,
@@ -18,11 +22,7 @@ from flashmoe.bench.reading import (
     read_for,
     reader_titles,
 )
-from flashmoe.bench.records import RecordFiles, cached_share, evict, record_files
-from flashmoe.bench.rivals import Rival, find_rival
-from flashmoe.errors import OptionError
-from flashmoe.io.files import uncached_problem
-from flashmoe.io.pieces import DEFAULT_THREADS
+from flashmoe.probe.record_files import RecordFiles, cached_share, evict, record_files
 from flashmoe.store.reader import open_store
 
 BATCHES = (1, 2, 4, 8, 10, 32)

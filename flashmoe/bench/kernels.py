@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from flashmoe import machine, native
-from flashmoe.bench.products import (
+from flashmoe import native
+from flashmoe.base import machine
+from flashmoe.base.errors import OptionError
+from flashmoe.bench.expert_cases import ExpertSet
+from flashmoe.bench.matmul_cases import (
     Shape,
     Subject,
     WorkingSet,
@@ -18,8 +21,6 @@ from flashmoe.bench.products import (
     device_name,
     resolve_packing,
 )
-from flashmoe.bench.routed import ExpertSet
-from flashmoe.errors import OptionError
 from flashmoe.kernels.contract import ProjectionPacking
 
 SHAPES = (

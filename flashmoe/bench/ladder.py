@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from flashmoe.base.errors import FlashMoEError, OptionError
 from flashmoe.bench.decode import (
     COLD,
     Asked,
@@ -15,17 +16,16 @@ from flashmoe.bench.decode import (
     point_of,
     store_files,
 )
-from flashmoe.bench.disk import Disk, DiskRate
-from flashmoe.bench.figures import PassFigures, pass_figures
-from flashmoe.bench.point import PointRun, run_in_child
-from flashmoe.bench.records import evict
-from flashmoe.errors import FlashMoEError, OptionError
-from flashmoe.locate import cache_folder
-from flashmoe.options import Options
+from flashmoe.bench.decode_worker import PointRun, run_in_child
+from flashmoe.bench.disk_rate import Disk, DiskRate
+from flashmoe.bench.pass_figures import PassFigures, pass_figures
+from flashmoe.engine.model_cache import cache_folder
+from flashmoe.engine.options import Options
+from flashmoe.engine.tuning import TuningFile
+from flashmoe.probe.record_files import evict
 from flashmoe.store.reader import Store, open_store
 from flashmoe.streaming.experts import APART_BYTES
 from flashmoe.streaming.parts import Parts
-from flashmoe.tuning import TuningFile
 
 TARGET = 3.2
 # A rung ends after so long; the first one reads whole layers.

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flashmoe.base.errors import OptionError
+from flashmoe.base.units import format_size
 from flashmoe.bench.decode import DecodePoint, DecodeReport
-from flashmoe.bench.figures import PassFigures
 from flashmoe.bench.ladder import LadderReport
-from flashmoe.errors import OptionError
-from flashmoe.units import format_size
+from flashmoe.bench.pass_figures import PassFigures
 
 SUFFIXES = (".png", ".svg")
 # One colour per phase, in the order of `PassFigures.phases`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flashmoe.errors import PromptError
+from flashmoe.base.errors import PromptError
 
 # What Benjamin Marie's article on running Mixtral-8x7B on consumer hardware measures
 # mixtral-offloading with; each is a conversation of its own.

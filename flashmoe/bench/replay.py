@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from flashmoe.bank.policy.contract import Policy
 from flashmoe.bench.trace_file import Trace
-from flashmoe.streaming.need import Step
-from flashmoe.streaming.policy.contract import Policy
+from flashmoe.memory.hit_curves import Step
 
 
 def layer_steps(trace: Trace, layer: int, *, decode_only: bool = False) -> list[Step]:

@@ -11,13 +11,13 @@ from pathlib import Path
 import mlx.core as mx
 from mlx_lm.utils import load_model
 
+from flashmoe.bank.stats import Stats
 from flashmoe.bench.prompts import QUESTIONS
 from flashmoe.demo import DEMO_FOLDER
-from flashmoe.engine import FlashMoEModel
+from flashmoe.engine.api import FlashMoEModel
+from flashmoe.engine.model_cache import open_model
 from flashmoe.generation.session import Session
-from flashmoe.locate import open_model
 from flashmoe.store.reader import is_store
-from flashmoe.streaming.telemetry import Stats
 
 
 @dataclass(frozen=True)

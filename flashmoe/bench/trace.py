@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flashmoe.base.errors import FlashMoEError, OptionError, PromptError, SourceError
 from flashmoe.bench.trace_file import Routed, TracedLayer, TraceWriter, read_trace
-from flashmoe.engine import FlashMoEModel
-from flashmoe.errors import FlashMoEError, OptionError, PromptError, SourceError
+from flashmoe.engine.api import FlashMoEModel
 from flashmoe.generation.session import Sampling
 
 

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flashmoe.base.errors import OptionError, SourceError
 from flashmoe.checkpoint.headers import TensorInfo, read_header
-from flashmoe.errors import OptionError, SourceError
 
 VERSION = 1
 KEY = "flashmoe_trace"

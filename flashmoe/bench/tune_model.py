@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from flashmoe.base.errors import FlashMoEError
 from flashmoe.bench.arms import Arm, Outcome, try_arms
-from flashmoe.bench.child import Share, run_apart
+from flashmoe.bench.child_process import Share, run_apart
 from flashmoe.bench.prompts import QUESTIONS
-from flashmoe.bench.tune_reads import TunedReads
-from flashmoe.engine import FlashMoEModel
-from flashmoe.errors import FlashMoEError
+from flashmoe.engine.api import FlashMoEModel
+from flashmoe.engine.options import Options
+from flashmoe.engine.tuning import Choice, parse_choice
 from flashmoe.generation.session import Piece, Sampling
 from flashmoe.io.plain import plain_rate
-from flashmoe.options import Options
+from flashmoe.probe.read_tuning import TunedReads
 from flashmoe.store.reader import Store, open_store
-from flashmoe.tuning import Choice, parse_choice
 
 # Greedy answers of a model that says little go round in circles, and so do their experts.
 TEMPERATURE = 1.0

@@ -22,6 +22,7 @@ from mlx_lm.models.switch_layers import (
 )
 from mlx_lm.utils import _get_classes
 
+from flashmoe.base.errors import SourceError
 from flashmoe.checkpoint.config import (
     Config,
     fill_missing,
@@ -29,7 +30,6 @@ from flashmoe.checkpoint.config import (
     normalize,
     with_older_layer_types,
 )
-from flashmoe.errors import SourceError
 
 PROJECTION_TYPES = (SwitchLinear, QuantizedSwitchLinear)
 # What mlx-lm raises for a config that makes no sense to it, or that it does not support.

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flashmoe.base.errors import SourceError
 from flashmoe.checkpoint.rope import state_as_table, state_flat, state_yarn_scale
-from flashmoe.errors import SourceError
 
 Config = dict[str, Any]
 

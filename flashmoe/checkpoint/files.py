@@ -12,9 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
+from flashmoe.base.errors import SourceError
+from flashmoe.base.sparse_files import mostly_holes, read_at
 from flashmoe.checkpoint.headers import TensorInfo, parse_header
-from flashmoe.errors import SourceError
-from flashmoe.holes import mostly_holes, read_at
 
 # What any disk's blocks divide, and pages of memory are a multiple of.
 BLOCK_BYTES = 4096

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from flashmoe.errors import SourceError
+from flashmoe.base.errors import SourceError
 
 MAX_HEADER_BYTES = 100 * 2**20
 MAX_RANK = 8

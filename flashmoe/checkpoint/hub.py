@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from flashmoe.errors import SourceError
+from flashmoe.base.errors import SourceError
 
 # Failures in a row, without a byte between them, after which a read is given up.
 ATTEMPTS = 8

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashmoe.base.errors import SourceError
 from flashmoe.checkpoint.files import LocalFile, SourceFile, header_of
 from flashmoe.checkpoint.headers import TensorInfo
 from flashmoe.checkpoint.hub import HubFile, endpoint
-from flashmoe.errors import SourceError
 
 # Everything of a checkpoint that is neither weights nor code, and the licences that must travel.
 COPIED_PATTERNS = (

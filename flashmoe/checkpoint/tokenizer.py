@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flashmoe.errors import PromptError, SourceError
+from flashmoe.base.errors import PromptError, SourceError
 
 # A checkpoint with none of these has no tokenizer, and can be given token ids only.
 TOKENIZER_PATTERNS = ("tokenizer*", "vocab*", "*.tiktoken", "*.model")

@@ -7,9 +7,9 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from flashmoe.base.errors import OptionError, SourceError
 from flashmoe.checkpoint.architecture import Routing, build_model, probe_routing
 from flashmoe.checkpoint.config import SYNONYMS, Config
-from flashmoe.errors import OptionError, SourceError
 
 # All names under which a family of mlx-lm or transformers states its top-k.
 TOP_K_KEYS = (

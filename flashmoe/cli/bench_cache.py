@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flashmoe.base.units import format_count, format_size
 from flashmoe.cli import options
-from flashmoe.units import format_count, format_size
 
 if TYPE_CHECKING:
     from flashmoe.bench.cache import CacheReport

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flashmoe.base.units import format_duration, format_size
 from flashmoe.cli import options
-from flashmoe.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from flashmoe.bench.decode import DecodeReport
-    from flashmoe.bench.disk import DiskRate
-    from flashmoe.bench.figures import PassFigures, Spread
+    from flashmoe.bench.disk_rate import DiskRate
     from flashmoe.bench.ladder import LadderReport
+    from flashmoe.bench.pass_figures import PassFigures, Spread
 
 # What they are held against, for a disk that is the limit.
 TARGETS = "targets: overlap at least 0.50, waiting at most 1.15, host at most 15%"
@@ -81,14 +81,14 @@ def decode(
     page cache, then warm. The ladder is cold. Example:
     flashmoe bench decode big.flashmoe --memory 2GB --memory 4GB --plot big.svg
     """
+    from flashmoe.base.units import parse_size
     from flashmoe.bench.decode import Asked, bench_decode
     from flashmoe.bench.ladder import bench_ladder
     from flashmoe.bench.plots import check_plot, plot_decode, plot_ladder
     from flashmoe.bench.prompts import PROMPTS, read_prompts
     from flashmoe.cli.console import byte_progress, late_progress, print_dim, print_json
-    from flashmoe.locate import open_model
-    from flashmoe.options import Options
-    from flashmoe.units import parse_size
+    from flashmoe.engine.model_cache import open_model
+    from flashmoe.engine.options import Options
 
     if plot is not None:
         check_plot(plot)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flashmoe.base.units import format_size
 from flashmoe.cli import options
-from flashmoe.units import format_size
 
 if TYPE_CHECKING:
     from flashmoe.bench.io import ReadReport, ReadResult, Verdict
@@ -50,7 +50,7 @@ def io(
     """
     from flashmoe.bench.io import bench_io
     from flashmoe.cli.console import late_progress, print_json
-    from flashmoe.io.pieces import DEFAULT_THREADS
+    from flashmoe.io.depth import DEFAULT_THREADS
 
     if rounds < 1:
         raise typer.BadParameter("--rounds must be at least 1")

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from flashmoe.base.units import format_size
 from flashmoe.cli import options
-from flashmoe.units import format_size
 
 
 def resident(

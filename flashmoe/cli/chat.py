@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashmoe.base.errors import FlashMoEError
 from flashmoe.cli import options
-from flashmoe.errors import FlashMoEError
 
 if TYPE_CHECKING:
-    from flashmoe.engine import FlashMoEModel
+    from flashmoe.engine.api import FlashMoEModel
     from flashmoe.generation.session import Sampling
 
 HISTORY_LINES = 1000
@@ -48,9 +48,9 @@ def chat(
     """
     from rich.markup import escape
 
+    from flashmoe.base.units import format_size
     from flashmoe.cli.console import out, print_dim
     from flashmoe.generation.session import Sampling, check_max_tokens
-    from flashmoe.units import format_size
 
     check_max_tokens(max_tokens)
     sampling = Sampling(temp, top_p, top_k, min_p, seed)
@@ -120,8 +120,8 @@ class _Conversation:
         return True
 
     def _command(self, line: str) -> None:
+        from flashmoe.base.units import format_size
         from flashmoe.cli.console import print_dim, stats_lines
-        from flashmoe.units import format_size
 
         if line == "/help":
             print(HELP)
@@ -200,7 +200,7 @@ def _line_editing() -> Iterator[Callable[[], None]]:
     except ImportError:  # a Python built without it still chats
         yield lambda: None
         return
-    from flashmoe.locate import CACHE_FOLDER
+    from flashmoe.engine.model_cache import CACHE_FOLDER
 
     history: Path = CACHE_FOLDER.expanduser() / "chat_history"
     with contextlib.suppress(OSError):

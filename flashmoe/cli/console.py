@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from flashmoe import machine
-from flashmoe.units import format_duration, format_size
+from flashmoe.base import machine
+from flashmoe.base.units import format_duration, format_size
 
 if TYPE_CHECKING:
-    from flashmoe.engine import FlashMoEModel
-    from flashmoe.phases import Phases
-    from flashmoe.streaming.telemetry import Seconds, Stats
+    from flashmoe.bank.stats import Seconds, Stats
+    from flashmoe.base.clock import Phases
+    from flashmoe.engine.api import FlashMoEModel
 
 # Where there is no terminal, lines are as long as they are.
 WIDTH_OF_PIPES = 200

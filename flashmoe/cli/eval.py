@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flashmoe.base.errors import PromptError
+from flashmoe.base.units import format_size
 from flashmoe.cli import options
-from flashmoe.errors import PromptError
-from flashmoe.units import format_size
 
 if TYPE_CHECKING:
     from flashmoe.store.reader import Store
@@ -48,7 +48,7 @@ def eval(
     """
     from flashmoe.bench.eval import evaluate
     from flashmoe.cli.console import late_progress, out, print_json
-    from flashmoe.options import Options
+    from flashmoe.engine.options import Options
 
     chosen = Options(**vars(engine))
     try:
@@ -100,7 +100,7 @@ def _is_store(path: str) -> bool:
 
 def _open(model: str, recipe: str | None, quiet: bool) -> Store:
     from flashmoe.cli.console import byte_progress
-    from flashmoe.locate import open_model
+    from flashmoe.engine.model_cache import open_model
 
     with byte_progress("repacking", quiet) as progress:
         return open_model(model, recipe=recipe, progress=progress)

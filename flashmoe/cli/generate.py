@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from flashmoe.base.errors import PromptError
 from flashmoe.cli import options
-from flashmoe.errors import PromptError
 
 
 @options.with_engine_options

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flashmoe.base.errors import FlashMoEError
 from flashmoe.cli import options
-from flashmoe.errors import FlashMoEError
 
 if TYPE_CHECKING:
     from flashmoe.io.select import ReaderStatus
@@ -37,11 +37,11 @@ def info(
 
     import mlx.core as mx
 
-    from flashmoe import machine
+    from flashmoe.base import machine
+    from flashmoe.base.units import format_size
     from flashmoe.cli.console import out, print_json
     from flashmoe.io.select import reader_statuses, resolve_reader
     from flashmoe.kernels.select import auto_kernel, kernel_statuses
-    from flashmoe.units import format_size
 
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     device = "cpu" if mx.default_device() == mx.cpu else "gpu"

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
+from flashmoe.base.errors import FlashMoEError, OptionError
 from flashmoe.cli import bench
 from flashmoe.cli.chat import chat
 from flashmoe.cli.eval import eval
@@ -17,7 +18,6 @@ from flashmoe.cli.info import info
 from flashmoe.cli.stores import inspect, repack, verify
 from flashmoe.cli.trace import trace
 from flashmoe.cli.tune import tune
-from flashmoe.errors import FlashMoEError, OptionError
 
 INTERRUPTED = 130
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 if TYPE_CHECKING:
-    from flashmoe.engine import FlashMoEModel
+    from flashmoe.engine.api import FlashMoEModel
 
 Model = Annotated[
     str | None,
@@ -214,9 +214,9 @@ with_engine_options = with_engine_options_but()
 def load(model: str | None, engine: EngineOptions, *, quiet: bool = False) -> FlashMoEModel:
     """Load a model, with a progress bar while it is repacked on first use."""
     from flashmoe.cli.console import byte_progress
-    from flashmoe.engine import FlashMoEModel
-    from flashmoe.locate import open_model
-    from flashmoe.options import Options
+    from flashmoe.engine.api import FlashMoEModel
+    from flashmoe.engine.model_cache import open_model
+    from flashmoe.engine.options import Options
 
     # Before anything is fetched.
     options = Options(**vars(engine))

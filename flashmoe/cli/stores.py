@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from flashmoe.base.units import format_count, format_duration, format_size
 from flashmoe.cli import options
-from flashmoe.units import format_count, format_duration, format_size
 
 if TYPE_CHECKING:
     from flashmoe.store.inspect import StoreSummary
@@ -110,7 +110,7 @@ def repack(
         return
     started = time.perf_counter()
     with byte_progress("repacking", quiet=json) as progress:
-        from flashmoe.repacking.execute import repack as run
+        from flashmoe.repacking.repack import repack as run
         from flashmoe.store.inspect import inspect as summarise
 
         store = run(
@@ -138,7 +138,7 @@ def repack(
 def _ask_before_consuming(source: str) -> None:
     import sys
 
-    from flashmoe.errors import OptionError
+    from flashmoe.base.errors import OptionError
 
     if not sys.stdin.isatty():
         raise OptionError(f"--consume deletes the weight files of {source}; confirm it with --yes")
@@ -151,7 +151,7 @@ def _print_sizes(source: str, revision: str | None, packing: dict[str, Any], jso
     from rich.table import Table
 
     from flashmoe.cli.console import out, print_json
-    from flashmoe.repacking.execute import dry_run
+    from flashmoe.repacking.repack import dry_run
 
     sizes = dry_run(source, revision=revision, **packing)
     if json:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from flashmoe.base.units import format_count, format_size
 from flashmoe.cli import options
-from flashmoe.units import format_count, format_size
 
 
 @options.with_engine_options

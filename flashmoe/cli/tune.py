@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flashmoe.base.units import format_size
 from flashmoe.cli import options
-from flashmoe.units import format_size
 
 if TYPE_CHECKING:
-    from flashmoe.bench.tune import TuneReport
-    from flashmoe.bench.tune_reads import ReadRow
+    from flashmoe.engine.tuning import Tuning
     from flashmoe.io.select import ReadSettings
-    from flashmoe.tuning import Tuning
+    from flashmoe.probe.read_tuning import ReadRow
+    from flashmoe.probe.tune import TuneReport
 
 # Of each race, how many settings beside the default and the chosen one are shown.
 SHOWN = 3
@@ -44,12 +44,12 @@ def tune(
     options leave open (--no-tuned does not). Results never change. Run it again when the disk,
     the memory you give or the machine change, while nothing else is running.
     """
-    from flashmoe.bench.tune import DEFAULT_SECONDS
-    from flashmoe.bench.tune import tune as measure
     from flashmoe.cli.console import late_progress, out, print_dim, print_json
-    from flashmoe.locate import cache_folder
+    from flashmoe.engine.model_cache import cache_folder
+    from flashmoe.engine.tuning import TuningFile
+    from flashmoe.probe.tune import DEFAULT_SECONDS
+    from flashmoe.probe.tune import tune as measure
     from flashmoe.store.reader import open_store
-    from flashmoe.tuning import TuningFile
 
     if show and forget:
         raise typer.BadParameter("--show and --forget exclude each other")
@@ -86,9 +86,9 @@ def tune(
 
 def stored_tuning(store: str) -> Tuning | None:
     """What is stored for a store on this machine."""
-    from flashmoe.locate import cache_folder
+    from flashmoe.engine.model_cache import cache_folder
+    from flashmoe.engine.tuning import TuningFile
     from flashmoe.store.reader import open_store
-    from flashmoe.tuning import TuningFile
 
     return TuningFile(cache_folder(), open_store(store)).read()
 

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flashmoe.errors import PromptError
+from flashmoe.base.errors import PromptError
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]

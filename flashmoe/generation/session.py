@@ -11,10 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.sample_utils import make_sampler
 
-from flashmoe.errors import OptionError, PromptError
+from flashmoe.bank.stats import Stats
+from flashmoe.base.errors import OptionError, PromptError
 from flashmoe.generation.prompt import Prompt, encode_prompt
 from flashmoe.generation.steps import BeforeStep, Progress, TokenState, generate_tokens
-from flashmoe.streaming.telemetry import Stats
 
 DEFAULT_MAX_TOKENS = 256
 

@@ -10,9 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+from flashmoe.bank.stats import Stats
 from flashmoe.kernels.linear import left_lazy, output_layers
 from flashmoe.streaming.experts import StreamedExperts
-from flashmoe.streaming.telemetry import Stats
 
 Sampler = Callable[[mx.array], mx.array]
 Progress = Callable[[int, int], None]

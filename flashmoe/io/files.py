@@ -11,8 +11,8 @@ import sys
 import threading
 from pathlib import Path
 
-from flashmoe.errors import ReadError
-from flashmoe.io.pieces import BLOCK_BYTES
+from flashmoe.base.errors import ReadError
+from flashmoe.io.depth import BLOCK_BYTES
 
 
 class OpenFiles:

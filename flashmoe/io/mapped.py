@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe.errors import ReadError
+from flashmoe.base.errors import ReadError
+from flashmoe.io.depth import DEFAULT_THREADS
 from flashmoe.io.files import OpenFiles
-from flashmoe.io.pieces import DEFAULT_THREADS
 from flashmoe.io.pool import Piece, PooledReader, Work
 from flashmoe.io.reader import ReadCounters
 

@@ -8,10 +8,10 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from flashmoe.errors import ReadCancelled, ReadError
+from flashmoe.base.errors import ReadCancelled, ReadError
+from flashmoe.io.depth import DEFAULT_THREADS, Depth
 from flashmoe.io.files import OpenFiles
 from flashmoe.io.lanes import Lane
-from flashmoe.io.pieces import DEFAULT_THREADS, Depth
 from flashmoe.io.reader import Priority, ReadCounters, Reader, ReadRequest, Ticket
 from flashmoe.io.transfer import Preadv
 from flashmoe.native.reader import (

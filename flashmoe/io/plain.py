@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from flashmoe.errors import ReadError
+from flashmoe.base.errors import ReadError
 from flashmoe.io.files import OpenFiles
 from flashmoe.io.reader import address_of
 

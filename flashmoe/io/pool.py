@@ -13,10 +13,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from flashmoe.errors import ReadCancelled, ReadError
+from flashmoe.base.errors import ReadCancelled, ReadError
+from flashmoe.io.depth import DEFAULT_THREADS, Depth, cut
 from flashmoe.io.files import OpenFiles
 from flashmoe.io.lanes import Lane
-from flashmoe.io.pieces import DEFAULT_THREADS, Depth, cut
 from flashmoe.io.reader import Priority, ReadCounters, Reader, ReadRequest, Ticket
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
-from flashmoe.io.pieces import Depth
+from flashmoe.io.depth import Depth
 
 
 class Priority(IntEnum):

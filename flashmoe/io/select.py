@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flashmoe import native
-from flashmoe.errors import OptionError
+from flashmoe.base.errors import OptionError
+from flashmoe.io.depth import DEFAULT_THREADS, Depth
 from flashmoe.io.files import uncached_problem
 from flashmoe.io.mapped import MmapReader
 from flashmoe.io.native import NativeReader
-from flashmoe.io.pieces import DEFAULT_THREADS, Depth
 from flashmoe.io.reader import Reader
 from flashmoe.io.threads import ThreadReader
 

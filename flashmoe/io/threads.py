@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from flashmoe.errors import ReadError
+from flashmoe.base.errors import ReadError
+from flashmoe.io.depth import DEFAULT_THREADS
 from flashmoe.io.files import OpenFiles
-from flashmoe.io.pieces import DEFAULT_THREADS
 from flashmoe.io.pool import Piece, PooledReader, Work
 from flashmoe.io.transfer import EndOfFile, FailedRead, Preadv, Transfer
 

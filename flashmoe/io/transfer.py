@@ -12,7 +12,7 @@ import mmap
 import os
 from collections.abc import Callable, Sequence
 
-from flashmoe.io.pieces import BLOCK_BYTES
+from flashmoe.io.depth import BLOCK_BYTES
 from flashmoe.io.reader import Scatter, address_of
 
 # What one preadv takes at most on Linux and macOS (IOV_MAX).

@@ -18,7 +18,7 @@ import numpy as np
 from mlx_lm.models import base
 
 from flashmoe import native
-from flashmoe.phases import PhaseClock
+from flashmoe.base.clock import PhaseClock
 
 NAME = "scaled_dot_product_attention"
 # Fewer multiplications stay with MLX: leaving its graph costs more than they take.

@@ -17,7 +17,7 @@ import numpy as np
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 
 from flashmoe import native
-from flashmoe.phases import PhaseClock
+from flashmoe.base.clock import PhaseClock
 
 # Smaller layers stay with MLX: leaving and re-entering its graph costs more than they take.
 LEAST_WEIGHTS = 1 << 17

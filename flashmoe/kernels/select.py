@@ -8,12 +8,12 @@ from pathlib import Path
 import mlx.core as mx
 
 from flashmoe import native
-from flashmoe.errors import OptionError
+from flashmoe.base.errors import OptionError
 from flashmoe.kernels import cpu, metal, reference
+from flashmoe.kernels.check_verdicts import Verdicts
 from flashmoe.kernels.contract import ExpertKernel
 from flashmoe.kernels.metal_source import sources_digest
 from flashmoe.kernels.self_check import Checker
-from flashmoe.kernels.verdicts import Verdicts
 
 VERDICTS_FILE = "kernel-checks.json"
 

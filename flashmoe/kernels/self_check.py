@@ -17,8 +17,8 @@ import numpy as np
 
 from flashmoe.kernels import reference
 from flashmoe.kernels.activations import recognize
+from flashmoe.kernels.check_verdicts import PASSED, Verdicts
 from flashmoe.kernels.contract import ExpertForward, ExpertKernel, ExpertSpec, Slots
-from flashmoe.kernels.verdicts import PASSED, Verdicts
 
 # Of a row's norm, against the reference in float32: rounding the result to its dtype, and for
 # float32 the order of the sums.

@@ -12,6 +12,10 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from flashmoe.bank.bank import LayerBank
+from flashmoe.bank.stats import Stats
+from flashmoe.base.clock import PhaseClock
+from flashmoe.base.errors import StoreError
 from flashmoe.checkpoint.architecture import (
     build_resident,
     expert_modules,
@@ -20,20 +24,16 @@ from flashmoe.checkpoint.architecture import (
     replace_modules,
 )
 from flashmoe.checkpoint.config import Config
-from flashmoe.errors import StoreError
 from flashmoe.io.reader import Reader
 from flashmoe.kernels.attention import attend, replace_attention
 from flashmoe.kernels.contract import ExpertForward, ExpertKernel, ExpertSpec, ProjectionPacking
 from flashmoe.kernels.linear import native_twin
-from flashmoe.phases import PhaseClock
 from flashmoe.store.layout import LayerLayout, RecordLayout
 from flashmoe.store.reader import Store
-from flashmoe.streaming.bank import LayerBank
 from flashmoe.streaming.experts import StreamedExperts
-from flashmoe.streaming.forecast import Foresight, Guess, Trial
 from flashmoe.streaming.parts import ALL_PARTS, Parts
-from flashmoe.streaming.sweep import Staging, Sweep
-from flashmoe.streaming.telemetry import Stats
+from flashmoe.streaming.prefetcher import Foresight, Guess, Trial
+from flashmoe.streaming.prefill import Staging, Sweep
 from flashmoe.streaming.whole import WholeLayer
 
 

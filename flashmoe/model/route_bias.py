@@ -22,13 +22,13 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from flashmoe.bank.bank import LayerBank
+from flashmoe.base.errors import OptionError
 from flashmoe.checkpoint.architecture import replace_modules
 from flashmoe.checkpoint.config import Config
-from flashmoe.errors import OptionError
 from flashmoe.model.load import StreamingModel
+from flashmoe.model.router_scoring import BELOW_ALL, ELEMENTWISE, Scoring, logits_of
 from flashmoe.model.routing_sites import Site, find_sites
-from flashmoe.model.scoring import BELOW_ALL, ELEMENTWISE, Scoring, logits_of
-from flashmoe.streaming.bank import LayerBank
 
 # Far below any logit: what an elementwise score of it is, no selection bias makes up for.
 _NEVER = -1e4

@@ -29,7 +29,7 @@ from flashmoe.checkpoint.architecture import (
     n_experts_of,
 )
 from flashmoe.checkpoint.config import Config
-from flashmoe.model.scoring import (
+from flashmoe.model.router_scoring import (
     Scoring,
     grouped_scorings,
     logits_of,

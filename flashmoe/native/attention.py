@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe.errors import OptionError
+from flashmoe.base.errors import OptionError
 from flashmoe.native import loader as native
 
 Floats = npt.NDArray[np.float32]

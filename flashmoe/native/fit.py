@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe.errors import OptionError
+from flashmoe.base.errors import OptionError
 from flashmoe.native import loader as native
 from flashmoe.native.matrix import FLOATS
 

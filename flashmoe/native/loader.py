@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from flashmoe.errors import OptionError
+from flashmoe.base.errors import OptionError
 
 LIBRARY = "libflashmoe.so"  # as build.py names it
 VERSION = "5"  # of the interface, as matmul.cpp states it

@@ -10,7 +10,7 @@
 namespace flashmoe {
 namespace {
 
-// Pieces as in io/pieces.py.
+// Pieces as in io/depth.py.
 constexpr int64_t kLeastPiece = 128 * 1024;
 constexpr int64_t kMostPiece = 1024 * 1024;
 

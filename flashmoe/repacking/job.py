@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
+from flashmoe.base.errors import OptionError, SourceError
 from flashmoe.checkpoint.architecture import probe_routing
 from flashmoe.checkpoint.files import ConsumedFile, LocalFile, SourceFile
 from flashmoe.checkpoint.headers import TensorInfo
 from flashmoe.checkpoint.source import Checkpoint, SourceTensor
-from flashmoe.errors import OptionError, SourceError
 from flashmoe.repacking.journal import Entry, Reached, begun
-from flashmoe.repacking.load import load_lazily
-from flashmoe.repacking.make import Maker
+from flashmoe.repacking.lazy_model import load_lazily
+from flashmoe.repacking.pieces import Maker
 from flashmoe.repacking.plan import RepackPlan, plan_repack
 from flashmoe.repacking.presets import AS_IS
 from flashmoe.repacking.quantize import Settings, Tensors, quantize_lazily, settle

@@ -10,6 +10,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters
 
+from flashmoe.base.dtypes import dtype_name
+from flashmoe.base.errors import SourceError
 from flashmoe.checkpoint.architecture import (
     PROJECTION_TYPES,
     Routing,
@@ -20,9 +22,7 @@ from flashmoe.checkpoint.architecture import (
     projections_of,
 )
 from flashmoe.checkpoint.config import Config
-from flashmoe.dtypes import dtype_name
-from flashmoe.errors import SourceError
-from flashmoe.repacking.parts import Parts
+from flashmoe.repacking.model_parts import Parts
 from flashmoe.repacking.recipe import Setting
 from flashmoe.store.layout import LayerLayout, Quantization, TensorSpec, lay_out_record
 

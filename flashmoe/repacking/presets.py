@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from flashmoe.errors import OptionError
+from flashmoe.base.errors import OptionError
 from flashmoe.repacking.recipe import Recipe, Rule, Setting, Values, from_tables
 
 # As they would stand in a file.

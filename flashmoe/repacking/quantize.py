@@ -10,9 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from flashmoe.errors import OptionError
+from flashmoe.base.errors import OptionError
 from flashmoe.repacking import hqq
-from flashmoe.repacking.parts import Parts, layer_of
+from flashmoe.repacking.model_parts import Parts, layer_of
 from flashmoe.repacking.recipe import Recipe, Setting
 
 Settings = Mapping[str, Setting]

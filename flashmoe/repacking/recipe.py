@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flashmoe.errors import OptionError
+from flashmoe.base.errors import OptionError
 
 BITS = (2, 3, 4, 5, 6, 8, 16, 32)
 FLOAT_BITS = 16  # from here on, weights stay floats

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from flashmoe.checkpoint.source import SourceTensor
-from flashmoe.repacking.graph import Graph
 from flashmoe.repacking.plan import RepackPlan
 from flashmoe.repacking.quantize import PACKED
 from flashmoe.repacking.recipe import Setting
-from flashmoe.repacking.rows import UnknownOperation, rows
-from flashmoe.repacking.step import Step
+from flashmoe.repacking.row_graph import UnknownOperation, rows
+from flashmoe.repacking.row_step import Step
+from flashmoe.repacking.sanitize_graph import Graph
 from flashmoe.store.layout import safetensors_header
 
 # Values of a piece that needs as much of the source as its neighbours do.

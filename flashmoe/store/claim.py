@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
-from flashmoe.errors import StoreInUseError
+from flashmoe.base.errors import StoreInUseError
 from flashmoe.store.manifest import MANIFEST_NAME
 from flashmoe.store.reader import Store
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flashmoe.errors import StoreError
+from flashmoe.base.errors import StoreError
 from flashmoe.store.layout import (
     COMPONENT_ALIGN_BYTES,
     DTYPE_BYTES,

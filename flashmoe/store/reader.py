@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashmoe.errors import StoreError
+from flashmoe.base.errors import StoreError
 from flashmoe.store.manifest import LOCK_NAME, MANIFEST_NAME, Manifest
 from flashmoe.store.parse import load_manifest
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashmoe.errors import StoreError
-from flashmoe.holes import read_at
+from flashmoe.base.errors import StoreError
+from flashmoe.base.sparse_files import read_at
 from flashmoe.store.manifest import LayerFile, ResidentFile
 from flashmoe.store.reader import open_store
 from flashmoe.store.writer import HASH_CHUNK_BYTES, sha256_file

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from flashmoe.errors import StoreError
-from flashmoe.holes import read_at
+from flashmoe.base.errors import StoreError
+from flashmoe.base.sparse_files import read_at
 from flashmoe.store.manifest import JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME, Manifest, to_json
 
 HASH_CHUNK_BYTES = 2**20

@@ -10,13 +10,13 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe.errors import FlashMoEError
+from flashmoe.bank.bank import LayerBank
+from flashmoe.bank.stats import Stats
+from flashmoe.base.errors import FlashMoEError
 from flashmoe.io.reader import Reader
 from flashmoe.kernels.contract import ExpertForward
-from flashmoe.streaming.bank import LayerBank
-from flashmoe.streaming.forecast import Foresight
-from flashmoe.streaming.sweep import Sweep
-from flashmoe.streaming.telemetry import Stats
+from flashmoe.streaming.prefetcher import Foresight
+from flashmoe.streaming.prefill import Sweep
 from flashmoe.streaming.whole import WholeLayer
 
 # A bank's arrays as the kernels for single tokens and for prompts see them.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from flashmoe.bank.bank import LayerBank
+from flashmoe.bank.slot_memory import SlotMemory
+from flashmoe.bank.stats import Stats
 from flashmoe.io.reader import Reader, ReadRequest
 from flashmoe.store.layout import LayerLayout
-from flashmoe.streaming.bank import LayerBank
-from flashmoe.streaming.slots import SlotMemory
-from flashmoe.streaming.telemetry import Stats
 
 
 class WholeLayer:

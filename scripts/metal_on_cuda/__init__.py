@@ -2,6 +2,6 @@
 
 `words/` gives Metal's words their CUDA meaning. What is launched, with which inputs, template
 arguments and grid, is recorded from flashmoe's own calls (`requests`), so nothing of it is
-repeated here. Not the harness of the tests (`tests/metal_on_cpu`), which watches every access on
-a CPU and knows no speed.
+repeated here. Not the harness of the tests (`tests/support/metal_on_cpu`), which watches every
+access on a CPU and knows no speed.
 """

@@ -14,11 +14,11 @@ from functools import partial
 
 import mlx.core as mx
 
-from flashmoe.dtypes import FLOATING, MLX_DTYPES
-from flashmoe.errors import SourceError
+from flashmoe.base.dtypes import FLOATING, MLX_DTYPES
+from flashmoe.base.errors import SourceError
 from flashmoe.repacking.formats.contract import Packed, Presentation, StandIn, all_rows
-from flashmoe.repacking.formats.words import WORD_BITS, unpacked_columns
-from flashmoe.repacking.step import Step
+from flashmoe.repacking.formats.packed_ints import WORD_BITS, unpacked_columns
+from flashmoe.repacking.row_step import Step
 
 MLX_GROUPS = (128, 64, 32)
 BITS = (2, 3, 4, 8)

@@ -11,8 +11,8 @@ from functools import partial
 
 import mlx.core as mx
 
-from flashmoe.dtypes import FLOATING
-from flashmoe.errors import SourceError
+from flashmoe.base.dtypes import FLOATING
+from flashmoe.base.errors import SourceError
 from flashmoe.repacking.formats.affine import (
     Layer,
     Rows,
@@ -26,8 +26,8 @@ from flashmoe.repacking.formats.affine import (
     turned,
 )
 from flashmoe.repacking.formats.contract import Format, Packed, Presentation
-from flashmoe.repacking.formats.words import awq_turned, awq_unpacked, unpacked
-from flashmoe.repacking.step import Step
+from flashmoe.repacking.formats.packed_ints import awq_turned, awq_unpacked, unpacked
+from flashmoe.repacking.row_step import Step
 
 BITS = 4
 PER_WORD = 8

@@ -19,8 +19,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from flashmoe.dtypes import MLX_DTYPES
-from flashmoe.errors import SourceError
+from flashmoe.base.dtypes import MLX_DTYPES
+from flashmoe.base.errors import SourceError
 from flashmoe.repacking.formats.affine import paths_of, tensor_of
 from flashmoe.repacking.formats.contract import (
     Format,
@@ -30,7 +30,7 @@ from flashmoe.repacking.formats.contract import (
     all_rows,
     float_dtype,
 )
-from flashmoe.repacking.step import Step
+from flashmoe.repacking.row_step import Step
 
 KINDS = ("nf4", "fp4")
 STATE = ".quant_state.bitsandbytes__"

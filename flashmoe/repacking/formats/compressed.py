@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from flashmoe.dtypes import FLOATING
-from flashmoe.errors import SourceError
+from flashmoe.base.dtypes import FLOATING
+from flashmoe.base.errors import SourceError
 from flashmoe.repacking.formats import fp8, nvfp4
 from flashmoe.repacking.formats.affine import (
     BITS,
@@ -26,8 +26,8 @@ from flashmoe.repacking.formats.affine import (
     tensor_of,
 )
 from flashmoe.repacking.formats.contract import Format, Packed, Presentation, StandIn, all_rows
-from flashmoe.repacking.formats.words import WORD_BITS, unpacked
-from flashmoe.repacking.step import Step
+from flashmoe.repacking.formats.packed_ints import WORD_BITS, unpacked
+from flashmoe.repacking.row_step import Step
 
 PACKED = ".weight_packed"
 GLOBAL_SCALE = ".weight_global_scale"

@@ -8,9 +8,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from flashmoe.base.dtypes import MLX_DTYPES
 from flashmoe.checkpoint.headers import TensorInfo
-from flashmoe.dtypes import MLX_DTYPES
-from flashmoe.repacking.step import Step
+from flashmoe.repacking.row_step import Step
 
 Weights = dict[str, mx.array]
 

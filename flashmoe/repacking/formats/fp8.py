@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from flashmoe.base.dtypes import FLOATING, MLX_DTYPES
+from flashmoe.base.errors import SourceError
 from flashmoe.checkpoint.headers import TensorInfo
-from flashmoe.dtypes import FLOATING, MLX_DTYPES
-from flashmoe.errors import SourceError
 from flashmoe.repacking.formats.contract import (
     AS_IT_IS,
     Format,
@@ -18,7 +18,7 @@ from flashmoe.repacking.formats.contract import (
     all_rows,
     float_dtype,
 )
-from flashmoe.repacking.step import Step
+from flashmoe.repacking.row_step import Step
 
 E4M3 = "F8_E4M3"
 # Two spellings of powers of two by their exponent.

@@ -11,7 +11,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from flashmoe.errors import SourceError
+from flashmoe.base.errors import SourceError
 from flashmoe.repacking.formats.affine import (
     BITS,
     Layer,
@@ -26,7 +26,7 @@ from flashmoe.repacking.formats.affine import (
     turned,
 )
 from flashmoe.repacking.formats.contract import Format, Packed, Presentation, all_rows
-from flashmoe.repacking.formats.words import WORD_BITS, unpacked
+from flashmoe.repacking.formats.packed_ints import WORD_BITS, unpacked
 
 # What a zero is stored less than it is, by version.
 SHORTFALL = {"gptq": 1, "gptq_v2": 0}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from flashmoe.errors import SourceError
+from flashmoe.base.errors import SourceError
 from flashmoe.repacking.formats import fp8, nvfp4
 from flashmoe.repacking.formats.affine import paths_of
 from flashmoe.repacking.formats.contract import Format, Packed, Presentation

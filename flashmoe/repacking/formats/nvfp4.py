@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from flashmoe.dtypes import MLX_DTYPES
-from flashmoe.errors import SourceError
+from flashmoe.base.dtypes import MLX_DTYPES
+from flashmoe.base.errors import SourceError
 from flashmoe.repacking.formats.affine import tensor_of
 from flashmoe.repacking.formats.contract import Packed, StandIn, all_rows, float_dtype
-from flashmoe.repacking.step import Step
+from flashmoe.repacking.row_step import Step
 
 BLOCK = 16
 # 1.0 in E4M3.

@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from flashmoe.base.dtypes import MLX_DTYPES
+from flashmoe.base.errors import SourceError
 from flashmoe.checkpoint.config import Config
 from flashmoe.checkpoint.headers import TensorInfo
-from flashmoe.dtypes import MLX_DTYPES
-from flashmoe.errors import SourceError
 from flashmoe.repacking.formats.awq import AWQ
 from flashmoe.repacking.formats.bitsandbytes import BITSANDBYTES
 from flashmoe.repacking.formats.compressed import COMPRESSED

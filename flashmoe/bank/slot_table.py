@@ -1,0 +1,151 @@
+"""Which expert is in which slot of a layer's bank, and which gives way.
+
+Fencing: a kernel's output is lazy and reads its slots when it is evaluated. The table is told of
+every output (`uses`) and evaluates those that are pending before any slot is overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from flashmoe.bank.arrivals import Arrival
+from flashmoe.bank.policy.select import make_policy
+from flashmoe.bank.slot_memory import SlotMemory
+from flashmoe.bank.stats import Stats
+from flashmoe.base.errors import FlashMoEError
+from flashmoe.store.layout import LayerLayout
+
+ABSENT = -1
+
+
+class SlotTable:
+    """The slots of one MoE layer and what they hold; at least one token's needs of them."""
+
+    def __init__(
+        self,
+        layer: LayerLayout,
+        stats: Stats,
+        *,
+        n_slots: int,
+        widen: bool,
+        policy: str,
+        most_slots: int | None,
+    ) -> None:
+        self.group = layer.top_k
+        self.record_bytes = layer.record.stride
+        self.n_experts = layer.n_experts
+        if n_slots < self.group:
+            raise ValueError(f"{layer.path} needs at least {self.group} slots, not {n_slots}")
+        self.memory = SlotMemory(layer.record, n_slots, self.group, widen, most_slots)
+        self._layer = layer
+        self._stats = stats
+        self._policy = make_policy(policy, n_slots)
+        self._slot_of = np.full(layer.n_experts, ABSENT, np.int32)
+        self._free = list(range(n_slots - 1, -1, -1))
+        self._pending: list[mx.array] = []
+        self._closed = False
+
+    def resident(self, experts: Sequence[int]) -> list[int]:
+        """Those of `experts` that are in a slot."""
+        return [expert for expert in experts if self._slot_of[expert] != ABSENT]
+
+    def slots_of(self, experts: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+        """The slots of resident experts, in the array's shape."""
+        slots: npt.NDArray[np.int32] = self._slot_of[experts]
+        return slots
+
+    def uses(self, output: mx.array) -> None:
+        """Note an unevaluated array that reads slots of this bank.
+
+        At most one is kept: the one before has normally been evaluated by now, and is otherwise.
+        """
+        self._settle_pending()
+        self._pending.append(output)
+
+    @property
+    def n_free(self) -> int:
+        """Slots that hold no expert."""
+        return len(self._free)
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether every expert of the layer is in a slot."""
+        return bool((self._slot_of != ABSENT).all())
+
+    def held(self) -> list[int]:
+        """All experts that are in a slot."""
+        experts: list[int] = np.flatnonzero(self._slot_of != ABSENT).tolist()
+        return experts
+
+    def slot_table(self) -> npt.NDArray[np.int32]:
+        """The slot of each expert [n_experts], or ABSENT, as it is now.
+
+        Raises FlashMoEError once the bank is closed.
+        """
+        self._check_open()
+        return self._slot_of.copy()
+
+    def make_room(self, uses: Mapping[int, int], count: int) -> None:
+        """Evict `count` of the resident experts, which `uses` covers: those with the lowest
+        value, and of equal ones those that the policy would."""
+        for level in sorted(set(uses.values())):
+            pinned = {expert for expert in uses if uses[expert] != level}
+            for _ in range(min(count, len(uses) - len(pinned))):
+                self._free.append(self._evict(pinned))
+                count -= 1
+
+    def adopt(self, expert: int, source: SlotMemory, slot: int) -> None:
+        """Copy an absent expert out of another memory's slot into a free one."""
+        self._settle_pending()
+        own = self._free.pop()
+        try:
+            self.memory.copy_slot(own, source, slot)
+            self._policy.use(expert)
+            self._slot_of[expert] = own
+        except BaseException:
+            self._free.append(own)
+            raise
+
+    def _vacate(self, n_slots: int) -> None:
+        """Leave `n_slots` experts at most, and these in the first slots."""
+        for _ in range(len(self.held()) - n_slots):
+            self._free.append(self._evict(set()))
+        low = [slot for slot in self._free if slot < n_slots]
+        for expert in np.flatnonzero(self._slot_of >= n_slots).tolist():
+            old, new = int(self._slot_of[expert]), low.pop()
+            self.memory.copy_slot(new, self.memory, old)
+            self._slot_of[expert] = new
+            self._free[self._free.index(new)] = old
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise FlashMoEError("the model is closed; load it again with from_pretrained")
+
+    def _lose(self, arrivals: Sequence[Arrival]) -> None:
+        # Whatever the slots hold now belongs to nobody.
+        for arrival in arrivals:
+            self._free.append(arrival.slot)
+            if arrival.expert in self._policy:
+                self._policy.forget(arrival.expert)
+
+    def _settle_pending(self) -> None:
+        if self._pending:
+            with self._stats.clock.during("computing"):
+                mx.eval(self._pending)
+            self._pending.clear()
+
+    def _evict(self, pinned: set[int]) -> int:
+        """The slot of an expert that is no longer resident, none of `pinned`."""
+        victim = self._policy.victim(pinned)
+        self._evicted(victim)
+        slot = int(self._slot_of[victim])
+        self._slot_of[victim] = ABSENT
+        return slot
+
+    def _evicted(self, victim: int) -> None:
+        """Told of every expert that is evicted."""

@@ -1,0 +1,391 @@
+"""The one place that wires everything together; the public Python API.
+
+Knows which parts make a running model; every rule about bytes, slots, kernels or tokens lives
+further down.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy.typing as npt
+
+from flashmoe.bank.stats import Stats
+from flashmoe.bank.warm_start_file import RememberedBanks
+from flashmoe.base import machine
+from flashmoe.base.errors import FlashMoEError
+from flashmoe.checkpoint.architecture import probe_routing
+from flashmoe.checkpoint.config import read_config
+from flashmoe.checkpoint.tokenizer import load_tokenizer
+from flashmoe.checkpoint.top_k import with_experts_per_token
+from flashmoe.engine.model_cache import cache_folder, lock_folder, open_model
+from flashmoe.engine.needs import (
+    Needs,
+    choose_context,
+    choose_widening,
+    govern,
+    plan_model,
+)
+from flashmoe.engine.options import Options
+from flashmoe.engine.running import Running, choose_running, find_choice
+from flashmoe.engine.tuning import Choice, TuningFile
+from flashmoe.generation.prompt import Prompt
+from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
+from flashmoe.io.reader import ReadCounters, Reader
+from flashmoe.io.select import open_reader, resolve_reader
+from flashmoe.kernels.select import resolve_kernel, select_kernel, select_prompt_kernel
+from flashmoe.memory.governor import Governor
+from flashmoe.model.attention_probe import ScoresProbe
+from flashmoe.model.load import (
+    StreamingModel,
+    build_skeleton,
+    load_resident,
+    stream_experts,
+    use_native_attention,
+    use_native_linears,
+)
+from flashmoe.model.predictor import find_forecasters
+from flashmoe.model.route_bias import find_steerable, prefer_resident
+from flashmoe.repacking.recipe import Recipe
+from flashmoe.repacking.repack import Progress
+from flashmoe.store.claim import claim
+from flashmoe.store.reader import Store
+from flashmoe.streaming.parts import ALL_PARTS, Parts
+
+WARM_START_FOLDER = "warm-start"
+# MLX waits for its own threads with Python's lock held when limits are set, and reserving a bank
+# has such a thread call Python: one model at a time.
+_LOADING = threading.Lock()
+
+
+class FlashMoEModel:
+    """A mixture-of-experts model whose routed experts are read from disk as they are needed.
+
+    Attributes: `model` the mlx-lm module (`model.model(tokens[None])` gives logits), `tokenizer`
+    mlx-lm's wrapper, `store` the open store, `memory_plan` where each byte goes, `reader` and
+    `page_cache` how records are read, `choice` what decides options that were left open, `lossy`
+    what makes its output differ from the model's, in words, nothing by default.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        options: Options | None = None,
+        *,
+        parts: Parts = ALL_PARTS,
+        **named: Any,
+    ) -> None:
+        """Load an open store, as `options` or options by name say; raises as `from_pretrained`.
+
+        `parts` leaves parts of streaming out, to measure what they bring.
+        """
+        options = replace(options or Options(), **named)
+        self._reader: Reader | None = None
+        self._sweep_reader: Reader | None = None
+        self._streaming: StreamingModel | None = None
+        self._governor: Governor | None = None
+        self._remembered: RememberedBanks | None = None
+        self._claim = claim(store, lock_folder(), share=options.share)
+        try:
+            with _LOADING:
+                self._load(store, options, parts)
+        except BaseException:
+            self._remembered = None
+            self.close()
+            raise
+
+    def _load(self, store: Store, options: Options, parts: Parts) -> None:
+        kernel = resolve_kernel(options.kernel)
+        found_bytes = machine.resident_set_bytes() + machine.usable_memory_bytes()
+        config = read_config(store.path)
+        widen = choose_widening(config, options.dtype)
+        # The native kernels read 16-bit scales and weights of float32 arithmetic as they are.
+        widen_records = widen and kernel != "cpu"
+        native_attention = kernel == "cpu" and mx.default_device() == mx.cpu
+        scores = ScoresProbe()
+        probed = probe_routing(config, scores.watch if native_attention else None)
+        self.lossy: tuple[str, ...] = ()
+        if options.experts_per_token is not None:
+            count = options.experts_per_token
+            trained = max(probed.top_k.values())
+            config, probed = with_experts_per_token(config, count, probed)
+            store = replace(store, manifest=store.manifest.with_top_k(count))
+            if count < trained:
+                self.lossy = (f"{count} of {trained} experts per token",)
+        steerable = find_steerable(config) if options.route_bias else ()
+        tokenizer = load_tokenizer(store.path, config.get("eos_token_id"), probed.vocabulary)
+        skeleton = build_skeleton(store, config)
+        self.context = choose_context(config, options.context)
+        needs = Needs(
+            store.manifest,
+            config,
+            probed,
+            self.context,
+            widen,
+            widen_records,
+            # The library attends in float32 alone; MLX's own attention is fused on GPUs.
+            held_scores=mx.default_device() == mx.cpu
+            and not (native_attention and widen and scores.are_never_held(probed.caches)),
+        )
+        plan = plan_model(needs, options)
+        self.choice = find_choice(options, TuningFile(cache_folder(), store))
+        self._choose = partial(
+            choose_running,
+            options,
+            needs=needs,
+            plan=plan,
+            parts=parts,
+            path=store.file(store.manifest.layers[0].layout.file),
+            usable_bytes=machine.usable_memory_bytes(),
+        )
+        running = self._choose(self.choice)
+        self.memory_plan = running.plan
+        mx.set_cache_limit(self.memory_plan.reuse_bytes)
+        load_resident(skeleton, store, widen)
+        self._stats = Stats()
+        if kernel == "cpu":
+            use_native_linears(skeleton, self._stats.clock)
+            if native_attention:
+                use_native_attention(skeleton, self._stats.clock)
+        self.store = store
+        self.tokenizer = tokenizer
+        self._open_readers(running)
+        assert self._reader is not None
+        self._streaming = stream_experts(
+            skeleton,
+            store,
+            slots=self.memory_plan.slots,
+            group_records=self.memory_plan.prompts.group_records,
+            reader=self._reader,
+            kernel=select_kernel(kernel, cache_folder()),
+            prompt_kernel=select_prompt_kernel(kernel),
+            stats=self._stats,
+            widen=widen_records,
+            policy=options.policy,
+            sweep_reader=self._sweep_reader,
+            parts=parts,
+        )
+        # A bank of a given size keeps it.
+        if plan.total_bytes is not None and options.cache is None and parts.bank:
+            self._governor = govern(
+                needs,
+                plan,
+                self._streaming,
+                found_bytes=found_bytes,
+                most_bytes=running.most_bank_bytes,
+            )
+        # Finding routers takes up to a second: not where nothing could be read ahead.
+        if running.forecast and self._streaming.reads_ahead:
+            self._streaming.foresee(find_forecasters(skeleton, config))
+        # Forecasters go on with the routers as they are.
+        if steerable:
+            prefer_resident(self._streaming, steerable, options.route_bias)
+            self.lossy += (f"route bias {options.route_bias:g}",)
+        if options.warm_start:
+            self._remembered = RememberedBanks(cache_folder() / WARM_START_FOLDER, store)
+            self._streaming.preload(self._remembered.read() or ())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path | Store | None = None,
+        options: Options | None = None,
+        *,
+        bits: int | None = None,
+        group_size: int | None = None,
+        resident_bits: int | None = None,
+        method: str | None = None,
+        recipe: str | Path | Recipe | None = None,
+        revision: str | None = None,
+        progress: Progress | None = None,
+        **named: Any,
+    ) -> FlashMoEModel:
+        """Load a store, a checkpoint folder or a Hub id; None means the bundled demo model.
+
+        A store may be given as its path or as what `flashmoe.repack` returned. Checkpoints are
+        repacked on first use into ~/.cache/flashmoe (`bits`, `group_size`, `resident_bits`,
+        `method`, `recipe`, `revision` and `progress` as in `flashmoe.repack`). The engine's
+        options are those of `flashmoe.Options`, as a whole or by name:
+        `from_pretrained(path, memory="24GB")`.
+
+        Raises SourceError, StoreError, StoreInUseError, OptionError, or MemoryBudgetError naming
+        the least that would fit.
+        """
+        options = replace(options or Options(), **named)
+        store = open_model(
+            path_or_id.path if isinstance(path_or_id, Store) else path_or_id,
+            bits=bits,
+            group_size=group_size,
+            resident_bits=resident_bits,
+            method=method,
+            recipe=recipe,
+            revision=revision,
+            progress=progress,
+        )
+        return cls(store, options)
+
+    @property
+    def model(self) -> nn.Module:
+        """The mlx-lm module; raises FlashMoEError after `close`."""
+        return self._running().module
+
+    @property
+    def bank_bytes(self) -> int:
+        """Memory of all slots, as it is now."""
+        return self.memory_plan.bank_bytes if self._governor is None else self._governor.bank_bytes
+
+    def session(self) -> Session:
+        """A conversation that keeps its KV cache between turns."""
+        return Session(
+            self.model,
+            self.tokenizer,
+            self._stats,
+            context=self.context,
+            chunk=self.memory_plan.prompts.chunk_tokens,
+            before_step=self._governor.before_step if self._governor else None,
+        )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = DEFAULT_MAX_TOKENS,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+        system: str | None = None,
+        template: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Piece]:
+        """Generate piece by piece: `for piece in model.stream("..."): print(piece.text)`.
+
+        `prompt` is a text (a user message when the model has a chat template and `template` is
+        true), a list of token ids or a list of chat messages. Temperature 0 is greedy.
+        """
+        return self.session().stream(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_p, top_k, min_p, seed),
+            system=system,
+            template=template,
+            progress=progress,
+        )
+
+    def generate(
+        self, prompt: Prompt, max_new_tokens: int = DEFAULT_MAX_TOKENS, **options: Any
+    ) -> str:
+        """The whole answer as text; options as in `stream`."""
+        return "".join(piece.text for piece in self.stream(prompt, max_new_tokens, **options))
+
+    def stats(self) -> Stats:
+        """A copy of the totals since the model was loaded."""
+        return self._stats.copy()
+
+    @property
+    def live_stats(self) -> Stats:
+        """The totals themselves, which go on counting."""
+        return self._stats
+
+    @property
+    def read_counters(self) -> ReadCounters:
+        """What the present reader has read, and how long it was busy; raises FlashMoEError
+        after `close`."""
+        self._running()
+        assert self._reader is not None
+        return self._reader.counters
+
+    def retune(self, choice: Choice) -> None:
+        """Run on with what another choice says about reading, the page cache, the bank and the
+        forecast, as far as options left that open. Not while the model answers.
+
+        No result changes. What was learnt stays, and a forecast that was off when the model was
+        loaded stays off. Raises FlashMoEError after `close`, ReadError.
+        """
+        streaming = self._running()
+        running = self._choose(choice)
+        before = (self._reader, self._sweep_reader)
+        self._open_readers(running)
+        assert self._reader is not None and self._sweep_reader is not None
+        streaming.read_with(self._reader, self._sweep_reader)
+        _close(before)
+        if running.plan.slots != self.memory_plan.slots:
+            if self._governor is not None:
+                self._governor.keep_below(running.most_bank_bytes)
+            streaming.resize(running.plan.slots)
+        streaming.switch_forecast(on=running.forecast)
+        self.choice, self.memory_plan = choice, running.plan
+
+    def observe_routing(self, observer: Callable[[int, npt.NDArray[Any]], None] | None) -> None:
+        """Have `observer(layer, experts)` called for every call of an MoE layer, None for nobody.
+
+        `layer` counts MoE layers from 0, `experts` [..., top_k] is what the router chose.
+        Raises FlashMoEError after `close`.
+        """
+        for number, layer in enumerate(self._running().layers):
+            layer.observer = None if observer is None else partial(observer, number)
+
+    def check_integrity(self) -> None:
+        """Raise FlashMoEError when a bank's bookkeeping contradicts itself."""
+        for bank in self._streaming.banks if self._streaming else ():
+            bank.check_integrity()
+
+    def close(self) -> None:
+        """Give back files, threads and memory; closing twice is fine.
+
+        With `warm_start` it is also when the banks' experts are remembered, once some were used.
+        """
+        if self._streaming is not None:
+            self._streaming.stop_reading_ahead()
+            if self._remembered is not None and self._stats.bytes_demanded:
+                self._remembered.write([bank.by_value() for bank in self._streaming.banks])
+        _close((self._reader, self._sweep_reader))
+        if self._streaming is not None:
+            self._streaming.close()
+        self._reader = self._sweep_reader = None
+        self._streaming = None
+        self._governor = None
+        self._claim.release()
+
+    def _open_readers(self, running: Running) -> None:
+        reads, self.page_cache = running.reads, running.page_cache
+        self.reader = resolve_reader(reads.decode.reader)
+        self._reader = self._sweep_reader = open_reader(reads.decode, page_cache=self.page_cache)
+        if resolve_reader(reads.sweep.reader) != self.reader:
+            self._sweep_reader = open_reader(reads.sweep, page_cache=self.page_cache)
+        elif reads.sweep.depth != reads.decode.depth:
+            self._sweep_reader = self._reader.lane(reads.sweep.depth)
+
+    def _running(self) -> StreamingModel:
+        if self._streaming is None:
+            raise FlashMoEError("the model is closed; load it again with from_pretrained")
+        return self._streaming
+
+    def __enter__(self) -> FlashMoEModel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None and not issubclass(kind, KeyboardInterrupt):
+            # What a run that failed had in its banks is nothing to begin the next one with.
+            self._remembered = None
+        self.close()
+
+
+def _close(readers: Iterable[Reader | None]) -> None:
+    for reader in readers:
+        if reader is not None:
+            reader.close()

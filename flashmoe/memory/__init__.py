@@ -1,0 +1,1 @@
+"""Who gets how many bytes: the budget before a run, the governor and the balance during it."""

@@ -1,0 +1,101 @@
+"""A model of full size: its plan, and the proof's own small version."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import scale_proof
+import sparse_source
+from make_synthetic import find_config, write_checkpoint
+
+from flashmoe.repacking.part_sizes import PlannedSizes
+from flashmoe.repacking.repack import dry_run
+from tests.support.families import FAMILIES
+
+RECORD_BYTES = 7_077_888
+N_RECORDS = 60 * 512
+# 4-bit codes, a bfloat16 scale and bias per 64.
+PROJECTION_BYTES = N_RECORDS * 1024 * 4096 * 9 // 16
+PARTS = {
+    "gate": PROJECTION_BYTES,
+    "up": PROJECTION_BYTES,
+    "down": PROJECTION_BYTES,
+    "attention": 3_875_187_840,
+    "embeddings": 248_320 * 4096 * 9 // 16,
+    "head": 248_320 * 4096 * 9 // 16,
+    # Routers, shared experts, norms.
+    "resident": 559_619_072,
+}
+
+
+def planned(folder: Path, *, published: bool) -> PlannedSizes:
+    """The plan of Qwen3.5-397B-A17B from weight files that are headers and holes."""
+    config = find_config("qwen3.5-397b-a17b")
+    plan = sparse_source.plan_sparse(config, bits=16 if published else None)
+    if published:
+        plan = sparse_source.as_published(plan)
+        # The published files have 806.7 GB, 0.9 of them for seeing.
+        assert plan.nbytes == 805_883_842_688
+    holes = tuple(sparse_source.Hole(tensor.spec) for tensor in plan.tensors)
+    write_checkpoint(replace(plan, tensors=holes), folder)
+    return dry_run(folder)
+
+
+@pytest.mark.parametrize("published", [False, True], ids=["4-bit", "published"])
+def test_the_plan_of_the_real_model(published: bool, tmp_path: Path) -> None:
+    sizes = planned(tmp_path / "source", published=published)
+    assert sizes.streamed_bytes == N_RECORDS * RECORD_BYTES == 217_432_719_360
+    assert sizes.token_bytes == 60 * 10 * RECORD_BYTES
+    assert {part.part: part.bytes for part in sizes.parts} == PARTS
+    # Records have no padding; a header of 16 KiB per file of a layer.
+    assert sizes.streamed_bytes == 3 * PROJECTION_BYTES
+    assert sizes.resident_bytes == sum(PARTS.values()) - sizes.streamed_bytes == 5_579_065_472
+    assert sizes.file_bytes == sum(PARTS.values()) + 60 * 16_384 == 223_012_767_872
+
+
+@pytest.mark.parametrize("published", [False, True], ids=["4-bit", "published"])
+def test_the_proof_in_small(
+    published: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    config = FAMILIES["qwen3_5_moe"]
+    sizes = {"moe_intermediate_size": 128, "hidden_size": 128, "num_experts": 64}
+    text = {**config["text_config"], **sizes}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": text}))
+    folder = tmp_path / "proof"
+    options = ["--model", str(tmp_path / "config.json"), "--memory", "1GB", "--json"]
+    options += ["--published"] if published else []
+    monkeypatch.setattr(sys, "argv", ["scale_proof.py", str(folder), *options])
+    monkeypatch.setattr(sparse_source, "LARGE_BYTES", 8192)
+    in_a_process = scale_proof.run_stage
+
+    def run_stage(name: str, args: argparse.Namespace) -> scale_proof.Report:
+        # Starting Python takes longer than the stage.
+        return (in_a_process if name == "inspect" else scale_proof.measured)(name, args)
+
+    monkeypatch.setattr(scale_proof, "run_stage", run_stage)
+    scale_proof.main()
+    reports = json.loads(capfd.readouterr().out)
+    assert list(reports) == list(scale_proof.STAGES)
+    assert reports["inspect"]["records"] == 3 * 64
+    assert reports["plan"]["streamed_bytes"] == reports["inspect"]["streamed_bytes"]
+    assert reports["repack"]["disk_bytes"] < 0.9 * reports["repack"]["apparent_bytes"]
+    compared = reports["records"]
+    assert compared["records_compared"] == 3 * (2 if published else 64)
+    assert compared["records_different"] == 0
+    decoded = reports["decode"]
+    assert decoded["finite"]
+    assert decoded["same_greedy_tokens"] == decoded["compared_steps"] == 5
+    assert decoded["difference"] < 1e-5 < 0.01 < decoded["difference_without_experts"]
+    # Nothing is done again.
+    stages = json.loads((folder / "stages.json").read_text())
+    monkeypatch.setattr(scale_proof, "run_stage", pytest.fail)
+    scale_proof.main()
+    assert json.loads(capfd.readouterr().out) == stages

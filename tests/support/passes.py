@@ -1,0 +1,76 @@
+"""Passes and reports of `bench decode` made by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flashmoe.bench.decode import DecodePoint, DecodeReport, HitRates
+from flashmoe.bench.decode_worker import Pass, PointRun
+from flashmoe.bench.disk_rate import DiskRate
+from flashmoe.bench.ladder import STEPS, LadderReport, Rung
+from flashmoe.bench.pass_figures import PassFigures, pass_figures
+
+DISK = DiskRate(1e9, 0.9e9, 1.1e9, "fio psync")
+
+
+def made_pass(**changes: Any) -> Pass:
+    """Two answers, four decoded tokens of 0.1 seconds: 40 MB each, of them 30 MB absent."""
+    decode = {
+        "tokens": 4,
+        "hits": 6,
+        "misses": 2,
+        "bytes_read": 160_000_000,
+        "bytes_demanded": 480_000_000,
+        "bytes_absent": 120_000_000,
+        "seconds": 0.4,
+        "computing": 0.2,
+        "experts": 0.08,
+        "reading": 0.1,
+        "host": 0.02,
+    }
+    fields = {
+        "name": "cold",
+        "answers": [[1, 2, 3], [4, 5, 6]],
+        "first_token_seconds": [1.0, 3.0],
+        "prompt_tokens": [10, 20],
+        "prefill_seconds": [1.0, 1.0],
+        "token_seconds": [0.05, 0.1, 0.1, 0.15],
+        "decode": decode,
+        "computing_seconds": [0.07, 0.08, 0.5],
+    }
+    return Pass(**{**fields, **changes})
+
+
+def made_run(**changes: Any) -> PointRun:
+    return PointRun(
+        bank_bytes=10**6,
+        most_bank_bytes=4 * 10**6,
+        kernel="cpu",
+        lossy=(),
+        page_cache=False,
+        peak_memory_bytes=10**8,
+        passes=[made_pass(**changes)],
+    )
+
+
+def made_figures(name: str = "cold") -> PassFigures:
+    return pass_figures(made_pass(name=name), DISK.bytes_per_second)
+
+
+def made_report() -> DecodeReport:
+    points = tuple(
+        DecodePoint(memory, memory // 2, memory / 4e9, memory, "cpu", False, passes)
+        for memory in (2 * 10**9, 10**9)
+        for passes in [(made_figures("cold"), made_figures("warm"))]
+    )
+    rates = (HitRates(0.1, 0.2, 0.3), HitRates(1.0, 0.9, 0.95))
+    return DecodeReport("a.flashmoe", 4 * 10**9, 4, 128, None, DISK, ("a note",), points, rates)
+
+
+def made_ladder() -> LadderReport:
+    figures = made_figures()
+    rungs = tuple(
+        Rung(x.name, x.parts, x.forecast, x.tuned, 10**9, 10**9, "cpu", False, figures, 4.0, 1.0)
+        for x in STEPS
+    )
+    return LadderReport("a.flashmoe", 4 * 10**9, "2GB", 4, 128, 10**9, DISK, (), rungs, 3.2, True)
