@@ -30,8 +30,8 @@ COLUMNS = (
     "seconds_to_first_token",
     "tokens_per_second",
     "hit_rate",
-    "preloaded",
-    "preloaded_used",
+    "warm_started",
+    "warm_started_used",
     "bytes_read",
 )
 
@@ -63,8 +63,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             "seconds_to_first_token": first,
             "tokens_per_second": spent.tokens / max(spent.seconds.decode, 1e-9),
             "hit_rate": spent.hit_rate,
-            "preloaded": stats.preloaded,
-            "preloaded_used": stats.preloaded_used,
+            "warm_started": stats.warm_started,
+            "warm_started_used": stats.warm_started_used,
             "bytes_read": stats.bytes_read,
         }
 

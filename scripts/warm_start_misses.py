@@ -34,8 +34,8 @@ class Answered:
     prompt_misses: int
     misses: int
     hits: int
-    preloaded: int
-    preloaded_used: int
+    warm_started: int
+    warm_started_used: int
 
 
 def ask(model: FlashMoEModel, question: str, tokens: int) -> Answered:
@@ -48,7 +48,7 @@ def ask(model: FlashMoEModel, question: str, tokens: int) -> Answered:
     stats = model.stats()
     decode = stats.since(prompt)
     return Answered(
-        prompt.misses, decode.misses, decode.hits, stats.preloaded, stats.preloaded_used
+        prompt.misses, decode.misses, decode.hits, stats.warm_started, stats.warm_started_used
     )
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     store = open_model(args.model)
     print(
         f"| bank | warm | misses of the prompt | misses of {args.tokens} tokens | "
-        "hit rate of these | preloaded | of them used |"
+        "hit rate of these | warm_started | of them used |"
     )
     print("|---|---|---|---|---|---|---|")
     for share in args.share:
@@ -100,8 +100,8 @@ def main() -> None:
                     f"| {share:.0%} | {'yes' if warm else 'no'} | "
                     f"{mean(answered.prompt_misses for answered in found):.1f} | "
                     f"{mean(answered.misses for answered in found):.1f} | {rate:.1%} | "
-                    f"{mean(answered.preloaded for answered in found):.1f} | "
-                    f"{mean(answered.preloaded_used for answered in found):.1f} |",
+                    f"{mean(answered.warm_started for answered in found):.1f} | "
+                    f"{mean(answered.warm_started_used for answered in found):.1f} |",
                     flush=True,
                 )
 

@@ -18,7 +18,7 @@ from hypothesis import settings
 from flashmoe import FlashMoEModel, repack
 from flashmoe.cli.main import main
 from flashmoe.demo import DEMO_FOLDER
-from flashmoe.engine import tuning
+from flashmoe.probe import tuning
 from flashmoe.store.reader import Store
 from tests.support.commands import FLASHMOE, Result, Run
 from tests.support.families import save_checkpoint

@@ -15,8 +15,8 @@ PACKAGE = Path(flashmoe.__file__).parent
 FLOORS = [
     {"base", "demo", "native"},
     {"store", "checkpoint", "io", "kernels"},
-    {"bank", "repacking", "probe"},
-    {"memory", "streaming"},
+    {"bank", "repacking"},
+    {"memory", "streaming", "probe"},
     {"model", "generation"},
     {"engine"},
     {"bench"},

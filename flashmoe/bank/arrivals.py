@@ -9,6 +9,9 @@ from types import TracebackType
 from flashmoe.base.errors import ReadError
 from flashmoe.io.reader import Reader, ReadRequest, Ticket
 
+# Smaller records are there before it pays to compute without them.
+APART_BYTES = 256 * 1024
+
 
 @dataclass(frozen=True)
 class Arrival:

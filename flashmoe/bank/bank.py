@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe.bank.arrivals import Arrival, Arrivals
-from flashmoe.bank.prefetch import ReadAhead
+from flashmoe.bank.prefetch import PrefetchReads
 from flashmoe.bank.slot_table import ABSENT, SlotTable
 from flashmoe.bank.stats import Stats
-from flashmoe.bank.warm_start import Preload
+from flashmoe.bank.warm_start import WarmStart
 from flashmoe.base.errors import FlashMoEError, ReadError
 from flashmoe.io.reader import Reader, ReadRequest, Ticket
 from flashmoe.store.layout import LayerLayout
@@ -43,10 +43,10 @@ class LayerBank(SlotTable):
         )
         self._path = store.file(layer.file)
         self._reader = reader
-        self._ahead = ReadAhead(reader)
-        self._preload = Preload(reader, stats)
-        self.guessed = 0
-        self.guessed_right = 0
+        self._prefetch = PrefetchReads(reader)
+        self._warm_start = WarmStart(reader, stats)
+        self.prefetched = 0
+        self.prefetched_used = 0
         # Experts that were read ahead and have not been asked for since.
         self._unused: set[int] = set()
 
@@ -80,17 +80,17 @@ class LayerBank(SlotTable):
         self._stats.bytes_demanded += stride * len(experts)
         if missing:
             self._settle_pending()
-        self._count_guesses(experts, missing)
+        self._count_prefetched(experts, missing)
         if apart:
-            self._stats.unguessed += sum(expert not in self._ahead for expert in missing)
-        self._preload.use(experts)
+            self._stats.not_prefetched += sum(expert not in self._prefetch for expert in missing)
+        self._warm_start.use(experts)
         pinned = set(experts)
         arrivals: list[Arrival] = []
         begun: list[tuple[Ticket, Arrival]] = []
         try:
             for row, expert in enumerate(missing):
-                if expert in self._ahead or expert in self._preload:
-                    coming = self._ahead if expert in self._ahead else self._preload
+                if expert in self._prefetch or expert in self._warm_start:
+                    coming = self._prefetch if expert in self._prefetch else self._warm_start
                     ticket, arrival = coming.adopt(expert)
                     if ticket is not None:
                         begun.append((ticket, arrival))
@@ -120,24 +120,24 @@ class LayerBank(SlotTable):
         )
 
     @property
-    def reads_ahead(self) -> bool:
-        """Whether `read_ahead` does anything."""
+    def can_prefetch(self) -> bool:
+        """Whether `prefetch` does anything."""
         return not self.memory.staged
 
-    def read_ahead(self, experts: Sequence[int]) -> None:
+    def prefetch(self, experts: Sequence[int]) -> None:
         """Start reading experts that may be needed next, likeliest first, when nothing demanded
         waits to be read.
 
-        They take the places of those that the policy would evict next. What was begun for an
-        earlier guess and is not among these is cancelled. Does nothing where records have to be
-        widened as they land.
+        They take the places of those that the policy would evict next. What an earlier call began
+        and this one does not name is cancelled. Does nothing where records have to be widened as
+        they land.
         """
-        if self._closed or not self.reads_ahead:
+        if self._closed or not self.can_prefetch:
             return
         self._harvest()
-        self._lose(self._ahead.drop(keep=experts))
-        # A demand takes slots back from guesses, but not from what is preloaded.
-        room = self._room_ahead if len(self._preload) else len(experts)
+        self._lose(self._prefetch.drop(keep=experts))
+        # A demand takes slots back from prefetched records, not from warm-started ones.
+        room = self._prefetch_room if len(self._warm_start) else len(experts)
         wanted = self._not_coming(experts)
         if not wanted or room <= 0:
             return
@@ -146,62 +146,62 @@ class LayerBank(SlotTable):
             try:
                 arrival = self._arrival(expert, self._take_slot(set(experts)), row=0)
             except LookupError:
-                return  # all that could give way is guessed itself, or on its way
+                return  # all that could give way is prefetched itself, or on its way
             try:
-                self._ahead.begin(arrival)
+                self._prefetch.begin(arrival)
             except ReadError:
                 # When it is demanded, the failure is raised.
                 self._lose([arrival])
                 return
-            self.guessed += 1
-            self._stats.guessed += 1
+            self.prefetched += 1
+            self._stats.prefetched += 1
 
-    def preload(self, experts: Sequence[int]) -> None:
+    def warm_start(self, experts: Sequence[int]) -> None:
         """Start reading experts into free slots, in disk order, when nothing else waits to be
         read; of more than find room, those that come first in `experts`.
 
-        Does nothing where `read_ahead` does not.
+        Does nothing where `prefetch` does not.
         """
-        if self._closed or not self.reads_ahead:
+        if self._closed or not self.can_prefetch:
             return
-        self._preload.rank(experts)
-        self._begin_preload(experts)
+        self._warm_start.rank(experts)
+        self._begin_warm_start(experts)
 
-    def pause_preload(self, needed: Sequence[int]) -> None:
-        """Give up for now what has not begun to be preloaded; what has is resident afterwards.
+    def pause_warm_start(self, needed: Sequence[int]) -> None:
+        """Give up for now what has not begun to be warm_started; what has is resident afterwards.
 
         The experts `needed` are asked for by what happens meanwhile.
         """
-        self._lose(self._preload.pause())
-        self._preload.outlast()
+        self._lose(self._warm_start.pause())
+        self._warm_start.outlast()
         self._harvest()
-        self._admit_preloaded()
-        self._preload.use(needed)
+        self._admit_warm_started()
+        self._warm_start.use(needed)
 
-    def resume_preload(self) -> None:
-        """Go on with what `pause_preload` gave up, where slots are still free."""
-        self._begin_preload(self._preload.paused)
+    def resume_warm_start(self) -> None:
+        """Go on with what `pause_warm_start` gave up, where slots are still free."""
+        self._begin_warm_start(self._warm_start.paused)
 
     @property
-    def preloads(self) -> bool:
-        """Whether records are being preloaded."""
-        return len(self._preload) > 0
+    def warm_starting(self) -> bool:
+        """Whether records are being warm_started."""
+        return len(self._warm_start) > 0
 
     def read_with(self, reader: Reader) -> None:
         """Read with another reader from now on, the one of before being at rest. Not while
         experts are requested."""
         self._check_open()
-        self.pause_preload(())
-        self._take_in(*self._ahead.finish())
+        self.pause_warm_start(())
+        self._take_in(*self._prefetch.finish())
         self._reader = reader
-        self._ahead = ReadAhead(reader)
-        self._preload.read_with(reader)
-        self.resume_preload()
+        self._prefetch = PrefetchReads(reader)
+        self._warm_start.read_with(reader)
+        self.resume_warm_start()
 
     def by_value(self) -> list[int]:
         """The experts that are in a slot, those that would be evicted last first."""
         self._harvest()
-        self._admit_preloaded()
+        self._admit_warm_started()
         return self._policy.ranked()
 
     def wait(self, arrivals: Arrivals) -> list[int]:
@@ -219,7 +219,7 @@ class LayerBank(SlotTable):
 
     def use(self, experts: Sequence[int]) -> None:
         """Count the resident ones of `experts` as used, in this order."""
-        self._count_guesses(experts, ())
+        self._count_prefetched(experts, ())
         for expert in self.resident(experts):
             self._policy.use(expert)
 
@@ -237,8 +237,8 @@ class LayerBank(SlotTable):
         if n_slots == before:
             return
         self._settle_pending()
-        self.pause_preload(())
-        self._take_in(*self._ahead.finish())
+        self.pause_warm_start(())
+        self._take_in(*self._prefetch.finish())
         if n_slots < before:
             self._vacate(n_slots)
             self._free = [slot for slot in self._free if slot < n_slots]
@@ -248,24 +248,24 @@ class LayerBank(SlotTable):
             # Not as many as asked for when there was no memory.
             self._policy.resize(self.memory.n_slots)
             self._free[:0] = range(self.memory.n_slots - 1, before - 1, -1)
-        self.resume_preload()
+        self.resume_warm_start()
 
     def close(self) -> None:
         """Give the slots' memory back; nothing can be acquired afterwards."""
-        self.stop_reading_ahead()
+        self.stop_prefetch()
         self._pending.clear()
         self.memory.release()
         self._closed = True
 
-    def stop_reading_ahead(self) -> None:
+    def stop_prefetch(self) -> None:
         """Give up what nobody has demanded and what has not begun."""
-        self._lose(self._ahead.drop(keep=()))
-        self._lose(self._preload.drop())
+        self._lose(self._prefetch.drop(keep=()))
+        self._lose(self._warm_start.drop())
 
     def check_integrity(self) -> None:
         """Raise FlashMoEError unless every slot is free, or holds or awaits just one expert."""
         resident = self._slot_of[self._slot_of != ABSENT].tolist()
-        ahead = self._ahead.slots + self._preload.slots
+        ahead = self._prefetch.slots + self._warm_start.slots
         if sorted(resident + self._free + ahead) != list(range(self.memory.n_slots)):
             raise FlashMoEError(
                 f"{self._layer.path}: resident slots {sorted(resident)} + free slots "
@@ -279,42 +279,42 @@ class LayerBank(SlotTable):
         return Arrival(expert, slot, row, ReadRequest(self._path, offset, place))
 
     @property
-    def _room_ahead(self) -> int:
+    def _prefetch_room(self) -> int:
         """How many more records may be on their way undemanded: a token's needs must still fit."""
-        return self.memory.n_slots - self.group - len(self._ahead) - len(self._preload)
+        return self.memory.n_slots - self.group - len(self._prefetch) - len(self._warm_start)
 
     def _not_coming(self, experts: Sequence[int]) -> list[int]:
         """Those of `experts` that are neither resident nor on their way."""
-        coming = (self._ahead, self._preload)
+        coming = (self._prefetch, self._warm_start)
         return [
             expert
             for expert in experts
             if self._slot_of[expert] == ABSENT and not any(expert in reads for reads in coming)
         ]
 
-    def _begin_preload(self, experts: Sequence[int]) -> None:
-        room = max(0, min(len(self._free), self._room_ahead))
+    def _begin_warm_start(self, experts: Sequence[int]) -> None:
+        room = max(0, min(len(self._free), self._prefetch_room))
         wanted = self._not_coming(experts)[:room]
         if wanted:
             self._settle_pending()
         for expert in sorted(wanted):
             arrival = self._arrival(expert, self._free.pop(), row=0)
             try:
-                self._preload.begin(arrival)
+                self._warm_start.begin(arrival)
             except ReadError:
                 # When it is demanded, the failure is raised.
                 self._lose([arrival])
                 return
 
     def _harvest(self) -> None:
-        if len(self._preload):
-            whole, failed = self._preload.harvest()
+        if len(self._warm_start):
+            whole, failed = self._warm_start.harvest()
             self._land(whole)
             self._lose(failed)
-            if not len(self._preload):
-                self._admit_preloaded()
-        if len(self._ahead):
-            self._take_in(*self._ahead.harvest())
+            if not len(self._warm_start):
+                self._admit_warm_started()
+        if len(self._prefetch):
+            self._take_in(*self._prefetch.harvest())
 
     def _take_in(self, whole: Sequence[Arrival], failed: Sequence[Arrival]) -> None:
         """Count records that were read ahead as resident, and forget those that failed."""
@@ -330,14 +330,14 @@ class LayerBank(SlotTable):
             self._unused.add(arrival.expert)
         self._lose(failed)
 
-    def _count_guesses(self, experts: Sequence[int], missing: Sequence[int]) -> None:
-        """Note which guesses came true: landed and not used yet, or still on their way."""
+    def _count_prefetched(self, experts: Sequence[int], missing: Sequence[int]) -> None:
+        """Note which prefetched records were of use: landed and unused so far, or on their way."""
         early = self._unused.intersection(experts)
         self._unused -= early
-        right = len(early) + sum(expert in self._ahead for expert in missing)
+        right = len(early) + sum(expert in self._prefetch for expert in missing)
         self._stats.bytes_absent += self._layer.record.stride * (len(early) + len(missing))
-        self.guessed_right += right
-        self._stats.guessed_right += right
+        self.prefetched_used += right
+        self._stats.prefetched_used += right
 
     def _land(self, arrivals: Sequence[Arrival]) -> None:
         for arrival in arrivals:
@@ -349,19 +349,19 @@ class LayerBank(SlotTable):
         if self._free:
             return self._free.pop()
         # What is needed now goes before what may be needed.
-        arrival = self._preload.give_up(pinned)
+        arrival = self._warm_start.give_up(pinned)
         if arrival is not None:
             return arrival.slot
-        self._admit_preloaded()
+        self._admit_warm_started()
         return self._evict(pinned)
 
     def _demand_slot(self, pinned: set[int]) -> int:
-        """As `_take_slot`, or else the slot of a wrong guess."""
+        """As `_take_slot`, or else the slot of a prefetched record that nobody asked for."""
         try:
             return self._take_slot(pinned)
         except LookupError:
             with self._stats.clock.during("reading"):
-                found = self._ahead.give_up(pinned)
+                found = self._prefetch.give_up(pinned)
             if found is None:
                 raise
         arrival, whole = found
@@ -370,9 +370,9 @@ class LayerBank(SlotTable):
             self._stats.bytes_wasted += self._layer.record.stride
         return arrival.slot
 
-    def _admit_preloaded(self) -> None:
+    def _admit_warm_started(self) -> None:
         # All at once, so that they give way in order of value, not of where they are on disk.
-        for expert in self._preload.take_landed():
+        for expert in self._warm_start.take_landed():
             if expert not in self._policy:
                 self._policy.use(expert)
 
@@ -380,4 +380,4 @@ class LayerBank(SlotTable):
         if victim in self._unused:
             self._unused.discard(victim)
             self._stats.bytes_wasted += self._layer.record.stride
-        self._preload.forget(victim)
+        self._warm_start.forget(victim)

@@ -12,10 +12,10 @@ from flashmoe.io.reader import Priority, Reader, Ticket
 UNDER_WAY = 16
 
 
-class ReadAhead:
+class PrefetchReads:
     """Low-priority reads of one bank, each a batch of its own."""
 
-    def __init__(self, reader: Reader, priority: Priority = Priority.FORECAST) -> None:
+    def __init__(self, reader: Reader, priority: Priority = Priority.PREFETCH) -> None:
         self._reader = reader
         self._priority = priority
         # Without a ticket only while, or when, its submission was interrupted.

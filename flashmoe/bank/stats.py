@@ -67,14 +67,13 @@ class Stats:
     for no earlier demand: misses, and what was read ahead for this one. `tokens` counts
     generated tokens.
 
-    A guess is a record that was asked for before a layer needed it. `guessed` counts them,
-    `guessed_right` those that a layer needed before they had to give way, and `unguessed` the
-    records that decoding needed, was without, and had not guessed; it counts only where records
-    are large enough to be guessed for. `bytes_wasted` counts the bytes of guesses that were read
-    and gave way without being needed.
+    `prefetched` counts the records that were read before a layer needed them, `prefetched_used`
+    those that a layer then needed before they were evicted, and `not_prefetched` the records that
+    decoding needed, missed and had not prefetched; records too small to prefetch do not count.
+    `bytes_wasted` counts the bytes that were prefetched, read and evicted without being needed.
 
-    `preloaded` counts records that a warm start read, `preloaded_used` those of them that were
-    needed while they were there.
+    `warm_started` counts the records that a warm start read, `warm_started_used` those that were
+    needed while they were in the bank.
 
     `after_layer` is called when a layer's routed experts are done. `clock` is what counts into
     `seconds`.
@@ -85,12 +84,12 @@ class Stats:
     bytes_read: int = 0
     bytes_demanded: int = 0
     bytes_absent: int = 0
-    guessed: int = 0
-    guessed_right: int = 0
-    unguessed: int = 0
+    prefetched: int = 0
+    prefetched_used: int = 0
+    not_prefetched: int = 0
     bytes_wasted: int = 0
-    preloaded: int = 0
-    preloaded_used: int = 0
+    warm_started: int = 0
+    warm_started_used: int = 0
     prompt_tokens: int = 0
     tokens: int = 0
     seconds: Seconds = field(default_factory=Seconds)
@@ -107,16 +106,16 @@ class Stats:
         return self.hits / accesses if accesses else 0.0
 
     @property
-    def forecast_precision(self) -> float | None:
-        """The share of the guessed records that were needed; None when there was none."""
-        return self.guessed_right / self.guessed if self.guessed else None
+    def prefetch_precision(self) -> float | None:
+        """The share of the prefetched records that were needed; None when there was none."""
+        return self.prefetched_used / self.prefetched if self.prefetched else None
 
     @property
-    def forecast_recall(self) -> float | None:
-        """The share of the records that decoding needed from disk that had been guessed; None
+    def prefetch_recall(self) -> float | None:
+        """The share of the records that decoding needed from disk that had been prefetched; None
         when it needed none."""
-        needed = self.guessed_right + self.unguessed
-        return self.guessed_right / needed if needed else None
+        needed = self.prefetched_used + self.not_prefetched
+        return self.prefetched_used / needed if needed else None
 
     @contextmanager
     def generating(self, part: Literal["prefill", "decode"]) -> Iterator[None]:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from flashmoe.bank.arrivals import Arrival
-from flashmoe.bank.prefetch import ReadAhead
+from flashmoe.bank.prefetch import PrefetchReads
 from flashmoe.bank.stats import Stats
 from flashmoe.io.reader import Priority, Reader, Ticket
 
 
-class Preload:
+class WarmStart:
     """One bank's records that are read while nothing else waits to be, and what became of them.
 
-    Counts in `stats` what has been preloaded, and what of that was asked for.
+    Counts in `stats` what has been warm_started, and what of that was asked for.
     """
 
     def __init__(self, reader: Reader, stats: Stats) -> None:
-        self._reads = ReadAhead(reader, Priority.PRELOAD)
+        self._reads = PrefetchReads(reader, Priority.WARM_START)
         self._stats = stats
         # Experts by value, 0 the highest.
         self._rank: dict[int, int] = {}
@@ -45,30 +45,30 @@ class Preload:
 
     def read_with(self, reader: Reader) -> None:
         """Read with another reader from now on. Not while records are on their way."""
-        self._reads = ReadAhead(reader, Priority.PRELOAD)
+        self._reads = PrefetchReads(reader, Priority.WARM_START)
 
     def rank(self, experts: Sequence[int]) -> None:
-        """Say which experts may be preloaded, the most valuable first."""
+        """Say which experts may be warm_started, the most valuable first."""
         self._rank = {expert: rank for rank, expert in enumerate(experts)}
 
     def begin(self, arrival: Arrival) -> None:
-        """As `ReadAhead.begin`."""
+        """As `PrefetchReads.begin`."""
         self._reads.begin(arrival)
 
     def adopt(self, expert: int) -> tuple[Ticket | None, Arrival]:
-        """As `ReadAhead.adopt`."""
+        """As `PrefetchReads.adopt`."""
         ticket, arrival = self._reads.adopt(expert)
         if ticket is not None:
-            self._stats.preloaded += 1
-            self._stats.preloaded_used += 1
+            self._stats.warm_started += 1
+            self._stats.warm_started_used += 1
         return ticket, arrival
 
     def harvest(self) -> tuple[list[Arrival], list[Arrival]]:
-        """As `ReadAhead.harvest`."""
+        """As `PrefetchReads.harvest`."""
         whole, failed = self._reads.harvest()
         self._unused.update(arrival.expert for arrival in whole)
         self._landed.update(arrival.expert for arrival in whole)
-        self._stats.preloaded += len(whole)
+        self._stats.warm_started += len(whole)
         return whole, failed
 
     def take_landed(self) -> list[int]:
@@ -95,14 +95,14 @@ class Preload:
         return dropped
 
     def outlast(self) -> None:
-        """As `ReadAhead.outlast`."""
+        """As `PrefetchReads.outlast`."""
         self._reads.outlast()
 
     def use(self, experts: Collection[int]) -> None:
         """Note that experts were asked for."""
         used = self._unused.intersection(experts)
         self._unused -= used
-        self._stats.preloaded_used += len(used)
+        self._stats.warm_started_used += len(used)
 
     def forget(self, expert: int) -> None:
         """Note that an expert was evicted."""

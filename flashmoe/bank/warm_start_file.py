@@ -17,7 +17,7 @@ VERSION = 1
 Experts = tuple[tuple[int, ...], ...]
 
 
-class RememberedBanks:
+class WarmStartFile:
     """What is remembered of one store, which its manifest's SHA-256 identifies, under `folder`.
 
     The file is {"version": 1, "store": SHA-256, "layers": [[expert, ...], ...]}. Anything else

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from flashmoe.engine.tuning import BankChoice, Choice
 from flashmoe.probe.race import LEAST_PAIRS, is_faster
+from flashmoe.probe.tuning import BankChoice, Choice
 
 # A model's figures say more than those of a reader, and are noisier.
 MARGIN = 0.05
@@ -28,7 +28,7 @@ SETTLING = 1
 FILLING_SHARE, ROUNDS_SHARE = 0.25, 0.6
 # So many tokens of the last say what one takes.
 LAST = 6
-# Enough for the forecast to have found out whether it pays.
+# Enough for the prefetch to have found out whether it pays.
 LEAST_FILLING = 18
 # A setting that takes so many times as long as the default is given up at once.
 SLOWEST = 3.0
@@ -83,8 +83,8 @@ class Arm:
         return statistics.median(self.rates)
 
     @property
-    def forecast(self) -> bool:
-        return self.choice.bank is None or self.choice.bank.forecast
+    def prefetch(self) -> bool:
+        return self.choice.bank is None or self.choice.bank.prefetch
 
     @property
     def hit_rate(self) -> float:
@@ -118,13 +118,13 @@ def try_arms(
     """
     turns = _Turns(model, moved, clock, clock() + seconds)
     base = Arm("as by default", choice)
-    kept = BankChoice(model.bank_bytes, 1.0, model.page_cache, forecast=True)
+    kept = BankChoice(model.bank_bytes, 1.0, model.page_cache, prefetch=True)
     whole = model.bank_bytes >= model.most_bank_bytes
     others, half = ([], None) if whole else _others(choice, kept, model, uncached)
     turns.fill(model.bank_bytes, LEAST_FILLING)
     turns.run(base, others, ROUNDS_SHARE if half else 1.0)
     if not base.rates:
-        turns.guess(base)
+        turns.predict(base)
         others += [] if half is None else [half]
         half = None
     arms = [base, *(arm for arm in others if arm.rates)]
@@ -153,7 +153,7 @@ def _others(
     if uncached:
         name = "past the page cache" if kept.page_cache else "page cache"
         others.append((name, replace(kept, page_cache=not kept.page_cache)))
-    others.append(("no forecast", replace(kept, forecast=False)))
+    others.append(("no prefetch", replace(kept, prefetch=False)))
     half = None
     if kept.bank_bytes * HALF >= model.least_bank_bytes:
         smaller = replace(kept, page_cache=True, bank_share=HALF)
@@ -243,7 +243,7 @@ class _Turns:
                 return
             self._token_seconds = 1 / base.rates[-1]
 
-    def guess(self, arm: Arm) -> None:
+    def predict(self, arm: Arm) -> None:
         """Take the tokens that filled the bank for its rate, there being no time for others."""
         arm.rates.append(1 / self._token_seconds)
         arm.hits, arm.misses = self._model.accesses

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from flashmoe.bank.arrivals import APART_BYTES
 from flashmoe.base.errors import FlashMoEError, OptionError
 from flashmoe.bench.decode import (
     COLD,
@@ -21,10 +22,9 @@ from flashmoe.bench.disk_rate import Disk, DiskRate
 from flashmoe.bench.pass_figures import PassFigures, pass_figures
 from flashmoe.engine.model_cache import cache_folder
 from flashmoe.engine.options import Options
-from flashmoe.engine.tuning import TuningFile
 from flashmoe.probe.record_files import evict
+from flashmoe.probe.tuning import TuningFile
 from flashmoe.store.reader import Store, open_store
-from flashmoe.streaming.experts import APART_BYTES
 from flashmoe.streaming.parts import Parts
 
 TARGET = 3.2
@@ -38,7 +38,7 @@ class Step:
 
     name: str
     parts: Parts
-    forecast: bool | None = False
+    prefetch: bool | None = False
     tuned: bool = False
 
 
@@ -47,14 +47,14 @@ STEPS: tuple[Step, ...] = (
     Step("routed only", Parts(bank=False, overlap=False)),
     Step("bank", Parts(overlap=False)),
     Step("overlap", Parts()),
-    Step("forecast", Parts(), forecast=True),
-    Step("tuned", Parts(), forecast=None, tuned=True),
+    Step("prefetch", Parts(), prefetch=True),
+    Step("tuned", Parts(), prefetch=None, tuned=True),
 )
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One rung: what is on, and its figures; `forecast` None leaves it to what is `tuned`.
+    """One rung: what is on, and its figures; `prefetch` None leaves it to what is `tuned`.
 
     `of_naive` and `of_previous` divide its median tokens per second by those of the first rung
     and of the one before.
@@ -62,7 +62,7 @@ class Rung:
 
     name: str
     parts: Parts
-    forecast: bool | None
+    prefetch: bool | None
     tuned: bool
     bank_bytes: int
     peak_memory_bytes: int
@@ -118,7 +118,7 @@ def bench_ladder(
     notes = [*page_cache_notes(store), *_notes(store, steps)]
     runs: list[PointRun] = []
     for number, step in enumerate(steps):
-        own = replace(options, forecast=step.forecast, tuned=step.tuned)
+        own = replace(options, prefetch=step.prefetch, tuned=step.tuned)
         point = replace(
             point_of(store, own, asked, (COLD,)),
             parts=asdict(step.parts),
@@ -170,7 +170,7 @@ def _notes(store: Store, steps: Sequence[Step]) -> list[str]:
     if smallest < APART_BYTES:
         notes.append(
             f"records below {APART_BYTES // 1024} KiB are read as one batch: "
-            "overlap and forecast have no part in them"
+            "overlap and prefetch have no part in them"
         )
     return notes
 
@@ -188,7 +188,7 @@ def _rungs(
             Rung(
                 name=step.name,
                 parts=step.parts,
-                forecast=step.forecast,
+                prefetch=step.prefetch,
                 tuned=step.tuned,
                 bank_bytes=run.bank_bytes,
                 peak_memory_bytes=run.peak_memory_bytes,

@@ -15,7 +15,7 @@ def layer_steps(trace: Trace, layer: int, *, decode_only: bool = False) -> list[
     """What one layer's bank is asked for, call by call.
 
     A token that is fed alone asks for its experts at once. A chunk of a prompt is walked in disk
-    order, top_k experts at a time, as it is where memory leaves no staging to sweep it through;
+    order, top_k experts at a time, as it is where memory leaves no staging to prefill it through;
     `decode_only` leaves such chunks out.
     """
     routed = trace.routed(layer)

@@ -1,4 +1,4 @@
-"""Bank, page cache and forecast: the second part of `flashmoe tune`, with the model running."""
+"""Bank, page cache and prefetch: the second part of `flashmoe tune`, with the model running."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from flashmoe.bench.child_process import Share, run_apart
 from flashmoe.bench.prompts import QUESTIONS
 from flashmoe.engine.api import FlashMoEModel
 from flashmoe.engine.options import Options
-from flashmoe.engine.tuning import Choice, parse_choice
 from flashmoe.generation.session import Piece, Sampling
 from flashmoe.io.plain import plain_rate
 from flashmoe.probe.read_tuning import TunedReads
+from flashmoe.probe.tuning import Choice, parse_choice
 from flashmoe.store.reader import Store, open_store
 
 # Greedy answers of a model that says little go round in circles, and so do their experts.
@@ -38,7 +38,7 @@ class RunRow:
     name: str
     bank_bytes: int
     page_cache: bool
-    forecast: bool
+    prefetch: bool
     hit_rate: float
     tokens_per_second: float
     slowest: float
@@ -75,7 +75,7 @@ def tune_model(
     choice = Choice(reads.cached, reads.uncached or Choice().uncached)
     fits = store.manifest.streamed_bytes <= free_bytes
     if fits:
-        notes = [_cache_records(store, reads.rate(True, "sweep"), seconds)]
+        notes = [_cache_records(store, reads.rate(True, "prefill"), seconds)]
     else:
         notes = [
             "the records do not fit into free memory: the page cache began as earlier runs left "
@@ -93,7 +93,7 @@ def tune_model(
     try:
         found = run_apart(try_arms_as_json, task, limit_seconds=left + GRACE_SECONDS, tick=tick)
     except FlashMoEError as error:
-        notes.append(f"bank, page cache and forecast were not tuned: {error}")
+        notes.append(f"bank, page cache and prefetch were not tuned: {error}")
         return TunedModel(choice, None, (), tuple(notes))
     rows = tuple(RunRow(**row) for row in found["rows"])
     return TunedModel(
@@ -219,7 +219,7 @@ def _row(arm: Arm, is_chosen: bool) -> RunRow:
         name=arm.name,
         bank_bytes=arm.bank_bytes,
         page_cache=arm.page_cache,
-        forecast=arm.forecast,
+        prefetch=arm.prefetch,
         hit_rate=arm.hit_rate,
         tokens_per_second=arm.median,
         slowest=min(arm.rates),

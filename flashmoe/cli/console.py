@@ -100,17 +100,17 @@ def late_progress(title: str, quiet: bool = False) -> Iterator[Callable[[int, in
 
 
 def stats_lines(stats: Stats) -> list[str]:
-    """Where the time went, and how well records were guessed if any were."""
+    """Where the time went, and how well records were prefetched if any were."""
     seconds = stats.seconds
     lines = [
         _time_line("prefill", seconds.prefill, seconds.in_prefill),
         _time_line("decode", seconds.decode, seconds.in_decode),
     ]
-    precision, recall = stats.forecast_precision, stats.forecast_recall
+    precision, recall = stats.prefetch_precision, stats.prefetch_recall
     if precision is not None and recall is not None:
         lines.append(
-            f"{stats.guessed} records guessed · precision {precision:.0%} · recall {recall:.0%} · "
-            f"{format_size(stats.bytes_wasted)} read in vain"
+            f"{stats.prefetched} records prefetched · precision {precision:.0%} · "
+            f"recall {recall:.0%} · {format_size(stats.bytes_wasted)} read in vain"
         )
     return lines
 
@@ -131,7 +131,7 @@ def _time_line(name: str, seconds: float, phases: Phases) -> str:
 class AnswerReport:
     """What one answer took; sizes in bytes, times in seconds.
 
-    `seconds` and the figures of the forecast are those of `Stats`, `lossy` is the model's.
+    `seconds` and the figures of the prefetch are those of `Stats`, `lossy` is the model's.
     """
 
     prompt_tokens: int
@@ -144,15 +144,15 @@ class AnswerReport:
     bytes_read: int
     bytes_demanded: int
     bytes_read_per_token: float
-    preloaded: int
-    preloaded_used: int
+    warm_started: int
+    warm_started_used: int
     bank_bytes: int
     peak_memory_bytes: int
-    guessed: int
-    guessed_right: int
-    unguessed: int
-    forecast_precision: float | None
-    forecast_recall: float | None
+    prefetched: int
+    prefetched_used: int
+    not_prefetched: int
+    prefetch_precision: float | None
+    prefetch_recall: float | None
     bytes_wasted: int
     seconds: Seconds
     lossy: tuple[str, ...]
@@ -173,15 +173,15 @@ class AnswerReport:
             bytes_read=stats.bytes_read,
             bytes_demanded=stats.bytes_demanded,
             bytes_read_per_token=stats.bytes_read / fed,
-            preloaded=stats.preloaded,
-            preloaded_used=stats.preloaded_used,
+            warm_started=stats.warm_started,
+            warm_started_used=stats.warm_started_used,
             bank_bytes=model.bank_bytes,
             peak_memory_bytes=machine.peak_resident_set_bytes(),
-            guessed=stats.guessed,
-            guessed_right=stats.guessed_right,
-            unguessed=stats.unguessed,
-            forecast_precision=stats.forecast_precision,
-            forecast_recall=stats.forecast_recall,
+            prefetched=stats.prefetched,
+            prefetched_used=stats.prefetched_used,
+            not_prefetched=stats.not_prefetched,
+            prefetch_precision=stats.prefetch_precision,
+            prefetch_recall=stats.prefetch_recall,
             bytes_wasted=stats.bytes_wasted,
             seconds=stats.seconds,
             lossy=model.lossy,
@@ -202,8 +202,8 @@ class AnswerReport:
             f"{self.prompt_tokens} prompt tokens · {self.hits} hits · {self.misses} misses · "
             f"{format_size(self.bytes_read)} read of {format_size(self.bytes_demanded)} demanded"
         )
-        if self.preloaded:
-            line += f" · {self.preloaded_used} of {self.preloaded} preloaded experts used"
+        if self.warm_started:
+            line += f" · {self.warm_started_used} of {self.warm_started} warm_started experts used"
         if self.lossy:
             line += f" · lossy: {', '.join(self.lossy)}"
         return line

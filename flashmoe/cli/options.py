@@ -95,11 +95,11 @@ PageCache = Annotated[
         show_default=False,
     ),
 ]
-Forecast = Annotated[
+Prefetch = Annotated[
     bool | None,
     typer.Option(
-        "--forecast/--no-forecast",
-        help="Read ahead what the next layer may need, where that turns out to pay. Default: yes.",
+        "--prefetch/--no-prefetch",
+        help="Prefetch the experts that the next layer may need, where that pays. Default: yes.",
         show_default=False,
     ),
 ]
@@ -160,7 +160,7 @@ class EngineOptions:
     kernel: Kernel = "auto"
     reader: Reader = "auto"
     page_cache: PageCache = None
-    forecast: Forecast = None
+    prefetch: Prefetch = None
     policy: Policy = "auto"
     share: Share = False
     warm_start: WarmStart = True

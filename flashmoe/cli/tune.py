@@ -11,10 +11,10 @@ from flashmoe.base.units import format_size
 from flashmoe.cli import options
 
 if TYPE_CHECKING:
-    from flashmoe.engine.tuning import Tuning
     from flashmoe.io.select import ReadSettings
     from flashmoe.probe.read_tuning import ReadRow
     from flashmoe.probe.tune import TuneReport
+    from flashmoe.probe.tuning import Tuning
 
 # Of each race, how many settings beside the default and the chosen one are shown.
 SHOWN = 3
@@ -46,9 +46,9 @@ def tune(
     """
     from flashmoe.cli.console import late_progress, out, print_dim, print_json
     from flashmoe.engine.model_cache import cache_folder
-    from flashmoe.engine.tuning import TuningFile
     from flashmoe.probe.tune import DEFAULT_SECONDS
     from flashmoe.probe.tune import tune as measure
+    from flashmoe.probe.tuning import TuningFile
     from flashmoe.store.reader import open_store
 
     if show and forget:
@@ -87,7 +87,7 @@ def tune(
 def stored_tuning(store: str) -> Tuning | None:
     """What is stored for a store on this machine."""
     from flashmoe.engine.model_cache import cache_folder
-    from flashmoe.engine.tuning import TuningFile
+    from flashmoe.probe.tuning import TuningFile
     from flashmoe.store.reader import open_store
 
     return TuningFile(cache_folder(), open_store(store)).read()
@@ -99,18 +99,18 @@ def describe_choice(tuning: Tuning) -> list[tuple[str, str]]:
     rows = [
         (f"{pattern}, {mode}", _settings(settings))
         for mode, reads in (("cached", choice.cached), ("uncached", choice.uncached))
-        for pattern, settings in (("decode", reads.decode), ("sweep", reads.sweep))
+        for pattern, settings in (("decode", reads.decode), ("prefill", reads.prefill))
     ]
     bank = choice.bank
     if bank is None:
-        rows.append(("bank", "all that memory allows; page cache and forecast as by default"))
+        rows.append(("bank", "all that memory allows; page cache and prefetch as by default"))
     else:
         rows.append(
             (
                 "bank",
                 f"{bank.bank_share:.0%} of what memory allows, where that is about "
                 f"{format_size(bank.bank_bytes)}; {_page_cache(bank.page_cache)}; "
-                f"{'forecast' if bank.forecast else 'no forecast'}",
+                f"{'prefetch' if bank.prefetch else 'no prefetch'}",
             )
         )
     speed = f"{tuning.bytes_per_second / 1e9:.2f} GB/s from the disk in decode's pattern"
@@ -155,7 +155,7 @@ def _print_report(report: TuneReport) -> None:
             "model",
             "bank",
             "page cache",
-            "forecast",
+            "prefetch",
             "hit rate",
             "tok/s (min to max)",
             "",
@@ -166,7 +166,7 @@ def _print_report(report: TuneReport) -> None:
                 run.name,
                 format_size(run.bank_bytes),
                 "yes" if run.page_cache else "no",
-                "yes" if run.forecast else "no",
+                "yes" if run.prefetch else "no",
                 f"{run.hit_rate:.0%}",
                 f"{run.tokens_per_second:.2f} ({run.slowest:.2f} to {run.fastest:.2f})",
                 _mark(number == 0, run.is_chosen),

@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy.typing as npt
 
 from flashmoe.bank.stats import Stats
-from flashmoe.bank.warm_start_file import RememberedBanks
+from flashmoe.bank.warm_start_file import WarmStartFile
 from flashmoe.base import machine
 from flashmoe.base.errors import FlashMoEError
 from flashmoe.checkpoint.architecture import probe_routing
@@ -36,7 +36,6 @@ from flashmoe.engine.needs import (
 )
 from flashmoe.engine.options import Options
 from flashmoe.engine.running import Running, choose_running, find_choice
-from flashmoe.engine.tuning import Choice, TuningFile
 from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
 from flashmoe.io.reader import ReadCounters, Reader
@@ -52,8 +51,9 @@ from flashmoe.model.load import (
     use_native_attention,
     use_native_linears,
 )
-from flashmoe.model.predictor import find_forecasters
+from flashmoe.model.predictor import find_predictors
 from flashmoe.model.route_bias import find_steerable, prefer_resident
+from flashmoe.probe.tuning import Choice, TuningFile
 from flashmoe.repacking.recipe import Recipe
 from flashmoe.repacking.repack import Progress
 from flashmoe.store.claim import claim
@@ -89,16 +89,16 @@ class FlashMoEModel:
         """
         options = replace(options or Options(), **named)
         self._reader: Reader | None = None
-        self._sweep_reader: Reader | None = None
+        self._prefill_reader: Reader | None = None
         self._streaming: StreamingModel | None = None
         self._governor: Governor | None = None
-        self._remembered: RememberedBanks | None = None
+        self._warm_start_file: WarmStartFile | None = None
         self._claim = claim(store, lock_folder(), share=options.share)
         try:
             with _LOADING:
                 self._load(store, options, parts)
         except BaseException:
-            self._remembered = None
+            self._warm_start_file = None
             self.close()
             raise
 
@@ -170,7 +170,7 @@ class FlashMoEModel:
             stats=self._stats,
             widen=widen_records,
             policy=options.policy,
-            sweep_reader=self._sweep_reader,
+            prefill_reader=self._prefill_reader,
             parts=parts,
         )
         # A bank of a given size keeps it.
@@ -183,15 +183,15 @@ class FlashMoEModel:
                 most_bytes=running.most_bank_bytes,
             )
         # Finding routers takes up to a second: not where nothing could be read ahead.
-        if running.forecast and self._streaming.reads_ahead:
-            self._streaming.foresee(find_forecasters(skeleton, config))
-        # Forecasters go on with the routers as they are.
+        if running.prefetch and self._streaming.can_prefetch:
+            self._streaming.prefetch_by(find_predictors(skeleton, config))
+        # Predictors go on with the routers as they are.
         if steerable:
             prefer_resident(self._streaming, steerable, options.route_bias)
             self.lossy += (f"route bias {options.route_bias:g}",)
         if options.warm_start:
-            self._remembered = RememberedBanks(cache_folder() / WARM_START_FOLDER, store)
-            self._streaming.preload(self._remembered.read() or ())
+            self._warm_start_file = WarmStartFile(cache_folder() / WARM_START_FOLDER, store)
+            self._streaming.warm_start(self._warm_start_file.read() or ())
 
     @classmethod
     def from_pretrained(
@@ -306,23 +306,23 @@ class FlashMoEModel:
 
     def retune(self, choice: Choice) -> None:
         """Run on with what another choice says about reading, the page cache, the bank and the
-        forecast, as far as options left that open. Not while the model answers.
+        prefetch, as far as options left that open. Not while the model answers.
 
-        No result changes. What was learnt stays, and a forecast that was off when the model was
+        No result changes. What was learnt stays, and a prefetch that was off when the model was
         loaded stays off. Raises FlashMoEError after `close`, ReadError.
         """
         streaming = self._running()
         running = self._choose(choice)
-        before = (self._reader, self._sweep_reader)
+        before = (self._reader, self._prefill_reader)
         self._open_readers(running)
-        assert self._reader is not None and self._sweep_reader is not None
-        streaming.read_with(self._reader, self._sweep_reader)
+        assert self._reader is not None and self._prefill_reader is not None
+        streaming.read_with(self._reader, self._prefill_reader)
         _close(before)
         if running.plan.slots != self.memory_plan.slots:
             if self._governor is not None:
                 self._governor.keep_below(running.most_bank_bytes)
             streaming.resize(running.plan.slots)
-        streaming.switch_forecast(on=running.forecast)
+        streaming.switch_prefetch(on=running.prefetch)
         self.choice, self.memory_plan = choice, running.plan
 
     def observe_routing(self, observer: Callable[[int, npt.NDArray[Any]], None] | None) -> None:
@@ -345,13 +345,13 @@ class FlashMoEModel:
         With `warm_start` it is also when the banks' experts are remembered, once some were used.
         """
         if self._streaming is not None:
-            self._streaming.stop_reading_ahead()
-            if self._remembered is not None and self._stats.bytes_demanded:
-                self._remembered.write([bank.by_value() for bank in self._streaming.banks])
-        _close((self._reader, self._sweep_reader))
+            self._streaming.stop_prefetch()
+            if self._warm_start_file is not None and self._stats.bytes_demanded:
+                self._warm_start_file.write([bank.by_value() for bank in self._streaming.banks])
+        _close((self._reader, self._prefill_reader))
         if self._streaming is not None:
             self._streaming.close()
-        self._reader = self._sweep_reader = None
+        self._reader = self._prefill_reader = None
         self._streaming = None
         self._governor = None
         self._claim.release()
@@ -359,11 +359,11 @@ class FlashMoEModel:
     def _open_readers(self, running: Running) -> None:
         reads, self.page_cache = running.reads, running.page_cache
         self.reader = resolve_reader(reads.decode.reader)
-        self._reader = self._sweep_reader = open_reader(reads.decode, page_cache=self.page_cache)
-        if resolve_reader(reads.sweep.reader) != self.reader:
-            self._sweep_reader = open_reader(reads.sweep, page_cache=self.page_cache)
-        elif reads.sweep.depth != reads.decode.depth:
-            self._sweep_reader = self._reader.lane(reads.sweep.depth)
+        self._reader = self._prefill_reader = open_reader(reads.decode, page_cache=self.page_cache)
+        if resolve_reader(reads.prefill.reader) != self.reader:
+            self._prefill_reader = open_reader(reads.prefill, page_cache=self.page_cache)
+        elif reads.prefill.depth != reads.decode.depth:
+            self._prefill_reader = self._reader.lane(reads.prefill.depth)
 
     def _running(self) -> StreamingModel:
         if self._streaming is None:
@@ -381,7 +381,7 @@ class FlashMoEModel:
     ) -> None:
         if kind is not None and not issubclass(kind, KeyboardInterrupt):
             # What a run that failed had in its banks is nothing to begin the next one with.
-            self._remembered = None
+            self._warm_start_file = None
         self.close()
 
 

@@ -14,11 +14,11 @@ from flashmoe.checkpoint.architecture import Routing
 from flashmoe.checkpoint.config import Config, largest
 from flashmoe.checkpoint.kv_memory import STEP_TOKENS, cache_bytes
 from flashmoe.engine.options import Options
-from flashmoe.engine.tuning import BankChoice, Choice
 from flashmoe.memory import budget
 from flashmoe.memory.balance import Balance
 from flashmoe.memory.governor import LOOK_TOKENS, Governor, Limits
 from flashmoe.model.load import StreamingModel
+from flashmoe.probe.tuning import BankChoice, Choice
 from flashmoe.store.layout import LayerLayout
 from flashmoe.store.manifest import Manifest
 
@@ -80,7 +80,7 @@ class Needs:
         caches = self.probed.caches
         return max(cache_bytes([cache], tokens) for cache in caches) // self._narrowing
 
-    def scratch_bytes(self, chunk: int, context: int, *, swept: bool) -> int:
+    def scratch_bytes(self, chunk: int, context: int, *, staged: bool) -> int:
         """What feeding `chunk` tokens takes on top, with `context` tokens in the caches then."""
         return budget.scratch_bytes(
             chunk=chunk,
@@ -90,7 +90,7 @@ class Needs:
             vocabulary=self.probed.vocabulary,
             top_k=max(layout.top_k for layout in self.layouts),
             held_scores=self.held_scores,
-            swept=swept,
+            staged=staged,
         )
 
     @cached_property
@@ -114,8 +114,8 @@ def plan_model(needs: Needs, options: Options) -> budget.MemoryPlan:
         )
     staging_bytes = budget.all_staging_bytes(needs.layouts, needs.widen_records)
 
-    def scratch(chunk: int, swept: bool) -> int:
-        return staging_bytes + needs.scratch_bytes(chunk, needs.context, swept=swept)
+    def scratch(chunk: int, staged: bool) -> int:
+        return staging_bytes + needs.scratch_bytes(chunk, needs.context, staged=staged)
 
     kv_bytes = needs.kv_bytes(needs.context)
     try:
@@ -160,12 +160,12 @@ def govern(
     """
     assert plan.total_bytes is not None
     in_place = streaming.resizes_in_place
-    swept = plan.prompts.group_records > 0
+    staged = plan.prompts.group_records > 0
 
     def coming(known: int, new: int, held: int) -> int:
         # Where resizing is dear, what prompts need is not lent to the banks between them.
         fed = new if in_place else max(new, plan.prompts.chunk_tokens)
-        scratch = needs.scratch_bytes(fed, known + new, swept=swept)
+        scratch = needs.scratch_bytes(fed, known + new, staged=staged)
         # As far as the next look.
         tokens = known + new + LOOK_TOKENS
         if needs.kv_bytes(tokens, filled=True) <= held:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from flashmoe.bank.policy.select import resolve_policy
 from flashmoe.base.errors import OptionError
 from flashmoe.base.units import parse_size
-from flashmoe.engine.tuning import Choice
 from flashmoe.io.select import resolve_reader
 from flashmoe.kernels.select import resolve_kernel
+from flashmoe.probe.tuning import Choice
 
 DTYPES = ("auto", "float32", "stored")
 
@@ -34,7 +34,7 @@ class Options:
         was built, otherwise by Python threads.
     page_cache: whether records are read through the operating system's page cache; by
         default unless all of them do not fit into the memory that is left beside the process.
-    forecast: whether to guess each layer's experts from the layer before and read them ahead,
+    prefetch: whether to predict each layer's experts from the layer before and read them early,
         where that turns out to pay; by default yes.
     policy: which expert gives way to one that is read: "lru", "clock", "slru", "s3fifo", "lfu",
         or "auto", which is "lfu": it missed least on held-out prompts.
@@ -63,7 +63,7 @@ class Options:
     dtype: str = "auto"
     reader: str = "auto"
     page_cache: bool | None = None
-    forecast: bool | None = None
+    prefetch: bool | None = None
     policy: str = "auto"
     share: bool = False
     warm_start: bool = False

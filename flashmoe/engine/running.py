@@ -7,10 +7,10 @@ from pathlib import Path
 
 from flashmoe.engine.needs import Needs, choose_bank, shrink_bank
 from flashmoe.engine.options import Options
-from flashmoe.engine.tuning import BankChoice, Choice, Reads, TuningFile
 from flashmoe.io.files import uncached_problem
 from flashmoe.io.select import ReadSettings, choose_page_cache, resolve_reader
 from flashmoe.memory import budget
+from flashmoe.probe.tuning import BankChoice, Choice, Reads, TuningFile
 from flashmoe.streaming.parts import Parts
 
 
@@ -30,7 +30,7 @@ class Running:
     plan: budget.MemoryPlan
     page_cache: bool
     reads: Reads
-    forecast: bool
+    prefetch: bool
     most_bank_bytes: int | None
 
 
@@ -65,7 +65,7 @@ def choose_running(
     if not parts.bank:
         plan = budget.least_bank(plan, needs.manifest)
     reads = wanted_reads(options, choice, page_cache)
-    return Running(plan, page_cache, reads, wanted_forecast(options, chosen), most_bank_bytes)
+    return Running(plan, page_cache, reads, wanted_prefetch(options, chosen), most_bank_bytes)
 
 
 def wanted_page_cache(options: Options, chosen: BankChoice | None, path: Path) -> bool | None:
@@ -83,18 +83,18 @@ def wanted_page_cache(options: Options, chosen: BankChoice | None, path: Path) -
 
 
 def wanted_reads(options: Options, choice: Choice, page_cache: bool) -> Reads:
-    """The readers of decode and of sweeps; a choice of depth is one for its reader."""
+    """The readers of decode and of prefills; a choice of depth is one for its reader."""
     reads = choice.reads(page_cache)
     if options.reader == "auto":
         return reads
-    return Reads(_with_reader(reads.decode, options), _with_reader(reads.sweep, options))
+    return Reads(_with_reader(reads.decode, options), _with_reader(reads.prefill, options))
 
 
-def wanted_forecast(options: Options, chosen: BankChoice | None) -> bool:
+def wanted_prefetch(options: Options, chosen: BankChoice | None) -> bool:
     """Whether to read ahead where that turns out to pay."""
-    if options.forecast is not None:
-        return options.forecast
-    return chosen is None or chosen.forecast
+    if options.prefetch is not None:
+        return options.prefetch
+    return chosen is None or chosen.prefetch
 
 
 def _with_reader(settings: ReadSettings, options: Options) -> ReadSettings:

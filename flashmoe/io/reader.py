@@ -18,8 +18,8 @@ class Priority(IntEnum):
     """Which waiting reads begin first: none begins while one of a lower number waits."""
 
     DEMAND = 0
-    FORECAST = 1
-    PRELOAD = 2
+    PREFETCH = 1
+    WARM_START = 2
 
 
 class Scatter(Sequence[memoryview]):

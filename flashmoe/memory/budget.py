@@ -129,17 +129,17 @@ def scratch_bytes(
     vocabulary: int,
     top_k: int,
     held_scores: bool,
-    swept: bool,
+    staged: bool,
 ) -> int:
     """An upper estimate of what evaluating one prompt chunk needs beside weights and caches.
 
     Expert outputs [chunk, top_k, width] float32 exist about six times at once through the bank
     (parts, their concatenation, the reordered and the weighted copy, and their inputs) and three
-    times in a sweep, other activations [chunk, width] about 24 times; attention scores
+    times in a prefill, other activations [chunk, width] about 24 times; attention scores
     [heads, chunk, context] three times where they are held for all keys at once, masks [chunk,
     context] of one byte three times; logits of one token four times while sampling.
     """
-    activations = 4 * chunk * width * ((3 if swept else 6) * top_k + 24)
+    activations = 4 * chunk * width * ((3 if staged else 6) * top_k + 24)
     scores = chunk * context * (3 + (12 * heads if held_scores else 0))
     return activations + scores + 16 * vocabulary
 
@@ -156,7 +156,7 @@ def prompt_plans(
 
     First the staging groups grow, up to `most_records` (the experts of a layer), then the chunk,
     unless it is given.
-    `scratch(chunk, swept)` is what a chunk needs, `group_bytes` one record in both groups.
+    `scratch(chunk, staged)` is what a chunk needs, `group_bytes` one record in both groups.
     """
     chunks = [min(chunk or LEAST_CHUNK_TOKENS, context)]
     while chunk is None and chunks[-1] < min(MOST_CHUNK_TOKENS, context):

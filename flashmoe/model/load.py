@@ -32,8 +32,8 @@ from flashmoe.store.layout import LayerLayout, RecordLayout
 from flashmoe.store.reader import Store
 from flashmoe.streaming.experts import StreamedExperts
 from flashmoe.streaming.parts import ALL_PARTS, Parts
-from flashmoe.streaming.prefetcher import Foresight, Guess, Trial
-from flashmoe.streaming.prefill import Staging, Sweep
+from flashmoe.streaming.prefetcher import Predict, Prefetcher, Trial
+from flashmoe.streaming.prefill import ExpertPrefill, Staging
 from flashmoe.streaming.whole import WholeLayer
 
 
@@ -47,34 +47,34 @@ class StreamingModel:
     staging: tuple[Staging, ...]
 
     @property
-    def reads_ahead(self) -> bool:
-        """Whether guesses about any layer's experts would be of use."""
+    def can_prefetch(self) -> bool:
+        """Whether predictions about any layer's experts would be of use."""
         return any(
-            layer.reads_apart and bank.reads_ahead
+            layer.reads_apart and bank.can_prefetch
             for layer, bank in zip(self.layers, self.banks[1:], strict=False)
         )
 
-    def foresee(self, guesses: Sequence[Guess | None]) -> None:
-        """Read ahead what the layers' guesses say, where a bank has room for that."""
-        trial = Trial(disturbed=self._preloads)
-        for layer, guess, bank in zip(self.layers, guesses, self.banks[1:], strict=False):
-            if guess is not None and layer.reads_apart and bank.reads_ahead:
-                layer.foresight = Foresight(guess, bank, trial)
+    def prefetch_by(self, predictions: Sequence[Predict | None]) -> None:
+        """Have layers prefetch what they predict of the next one, where its bank has room."""
+        trial = Trial(disturbed=self._warm_starting)
+        for layer, predicted, bank in zip(self.layers, predictions, self.banks[1:], strict=False):
+            if predicted is not None and layer.reads_apart and bank.can_prefetch:
+                layer.prefetcher = Prefetcher(predicted, bank, trial)
 
-    def switch_forecast(self, *, on: bool) -> None:
-        """Have layers guess, as far as they were told to and it pays, or not at all."""
+    def switch_prefetch(self, *, on: bool) -> None:
+        """Have layers prefetch where they can and it pays, or not at all."""
         for layer in self.layers:
-            if layer.foresight is not None:
-                layer.foresight.switch(on=on)
+            if layer.prefetcher is not None:
+                layer.prefetcher.switch(on=on)
 
-    def read_with(self, reader: Reader, sweep_reader: Reader) -> None:
+    def read_with(self, reader: Reader, prefill_reader: Reader) -> None:
         """Read single tokens' records and prompts' with others from now on; none of the former
         is in use then. Not while the module is called."""
         for layer in self.layers:
-            layer.read_with(reader, sweep_reader)
+            layer.read_with(reader, prefill_reader)
 
-    def _preloads(self) -> bool:
-        return any(bank.preloads for bank in self.banks)
+    def _warm_starting(self) -> bool:
+        return any(bank.warm_starting for bank in self.banks)
 
     def slots(self) -> list[int]:
         """How many slots each layer's bank has."""
@@ -100,16 +100,16 @@ class StreamingModel:
         ):
             layer.resize(n_slots)
 
-    def preload(self, experts: Sequence[Sequence[int]]) -> None:
+    def warm_start(self, experts: Sequence[Sequence[int]]) -> None:
         """Read each bank's experts, the most valuable first, while nothing else is read; without
         any, nothing."""
         for bank, wanted in zip(self.banks, experts, strict=False):
-            bank.preload(wanted)
+            bank.warm_start(wanted)
 
-    def stop_reading_ahead(self) -> None:
+    def stop_prefetch(self) -> None:
         """Give up what nobody has demanded."""
         for bank in self.banks:
-            bank.stop_reading_ahead()
+            bank.stop_prefetch()
 
     def close(self) -> None:
         """Give the banks' memory back; the module can no longer be called."""
@@ -187,13 +187,13 @@ def stream_experts(
     stats: Stats,
     widen: bool,
     policy: str = "auto",
-    sweep_reader: Reader | None = None,
+    prefill_reader: Reader | None = None,
     parts: Parts = ALL_PARTS,
 ) -> StreamingModel:
     """Replace every routed-expert module of `model` with one over a bank of its own.
 
     With `group_records`, prompts go through staging groups of that size, which layers of one
-    record layout share and `sweep_reader` (by default `reader`) reads into; without any, they
+    record layout share and `prefill_reader` (by default `reader`) reads into; without any, they
     go through the banks.
     """
     modules = expert_modules(model)
@@ -216,17 +216,19 @@ def stream_experts(
         spec = _spec(layout, module)
         bind = partial(_bind, kernel, prompt_kernel, spec)
         path = store.file(layout.file)
-        sweep = None
+        prefill = None
         if group_records:
             if layout.record not in stagings:
                 stagings[layout.record] = Staging(layout.record, group_records, widen)
             staging = stagings[layout.record]
             forwards = [prompt_kernel(group.weights, spec) for group in staging.groups]
-            sweep = Sweep(path, layout, sweep_reader or reader, stats, bank, staging, forwards)
+            prefill = ExpertPrefill(
+                path, layout, prefill_reader or reader, stats, bank, staging, forwards
+            )
         children = extra_children(module)
         whole = None if parts.routed else WholeLayer(path, layout, reader, stats, bank)
         streamed[layout.path] = StreamedExperts(
-            bank, bind, stats, children, sweep, overlap=parts.overlap, whole=whole
+            bank, bind, stats, children, prefill, overlap=parts.overlap, whole=whole
         )
         banks.append(bank)
     replace_modules(model, streamed)

@@ -1,4 +1,4 @@
-"""Guessing a layer's routed experts from what the experts of the layer before it are given.
+"""Predicting a layer's routed experts from what the experts of the layer before it are given.
 
 Both layers' routers see the residual stream, normalised and multiplied by a weight of their own.
 Rescaling one input by the ratio of the weights gives the other, but for what the layers in
@@ -24,8 +24,8 @@ _CLOSE = 2e-2
 
 
 @dataclass(frozen=True, eq=False)
-class Forecaster:
-    """Guesses which experts the next layer's router will choose.
+class Predictor:
+    """Predictions which experts the next layer's router will choose.
 
     `router` is that layer's own; `scale` and `shift`, float32 [d], turn this layer's expert
     input into the router's. `top_k` and `n_experts` are the next layer's.
@@ -51,21 +51,21 @@ class Forecaster:
         return top(self.scoring(logits, self.bias), count or self.top_k)[0]
 
 
-def find_forecasters(model: nn.Module, config: Config) -> tuple[Forecaster | None, ...]:
-    """Per routed-expert layer, in the model's order, the forecaster of the layer after it; None
+def find_predictors(model: nn.Module, config: Config) -> tuple[Predictor | None, ...]:
+    """Per routed-expert layer, in the model's order, the predictor of the layer after it; None
     for the last, and where the next layer's routing cannot be told from this one's input.
 
     `config` is the one that `model` was built from, its weights loaded. The model is only read.
     """
     modules = dict(model.named_modules())
     sites = list(find_sites(config).values())
-    found = [_forecaster(modules, here, after) for here, after in pairwise(sites)]
+    found = [_predictor(modules, here, after) for here, after in pairwise(sites)]
     return (*found, None)
 
 
-def _forecaster(
+def _predictor(
     modules: dict[str, nn.Module], here: Site | None, after: Site | None
-) -> Forecaster | None:
+) -> Predictor | None:
     if here is None or after is None:
         return None
     rescaled = rescaling(modules[here.norm], modules[after.norm])
@@ -80,7 +80,7 @@ def _forecaster(
     if after.bias is not None:
         owner, _, name = after.bias.rpartition(".")
         bias = modules[owner][name]
-    return Forecaster(
+    return Predictor(
         router,
         bias,
         after.scoring,

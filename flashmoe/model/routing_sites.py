@@ -41,7 +41,7 @@ from flashmoe.model.router_scoring import (
 _ROWS = 64
 # The share of a block's choices that a scoring has to explain: rounding may swap two experts.
 _EXACT = 0.99
-# A router that nothing explains fully (soft-capped logits, say) is guessed by what comes close.
+# A router that nothing explains fully (soft-capped logits, say) is prefetched by what comes close.
 _CLOSE = 0.75
 
 
@@ -261,7 +261,7 @@ def _choice_of(
     logits = {router: logits_of(inside[router], x)[0] for router in routers}
     mx.eval(logits)
     best, choice = _CLOSE, None
-    for router, bias, scoring in _guesses(routers, biases, n_experts):
+    for router, bias, scoring in _candidates(routers, biases, n_experts):
         values = None if bias is None else _lookup(inside, bias)
         scores = scoring(logits[router], values)
         share = _shared(np.array(top(scores, chosen.shape[-1])), chosen)
@@ -272,7 +272,7 @@ def _choice_of(
     return choice
 
 
-def _guesses(
+def _candidates(
     routers: list[str], biases: list[str | None], n_experts: int
 ) -> Iterator[tuple[str, str | None, Scoring]]:
     """Plain ones first: groups are many, and few models have them."""

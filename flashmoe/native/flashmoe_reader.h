@@ -19,7 +19,7 @@ extern "C" {
 typedef struct fm_reader fm_reader;
 typedef struct fm_ticket fm_ticket;
 
-enum { FM_DEMAND = 0, FM_FORECAST = 1, FM_PRELOAD = 2 };
+enum { FM_DEMAND = 0, FM_PREFETCH = 1, FM_WARM_START = 2 };
 
 /* What may take preadv's place: the bytes read, or minus an errno. */
 typedef int64_t (*fm_preadv)(int32_t fd, const struct iovec* buffers, int32_t n_buffers,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from flashmoe.engine.tuning import Reads
+from flashmoe.bank.arrivals import APART_BYTES
 from flashmoe.io.depth import LARGEST_PIECE_BYTES, Depth
 from flashmoe.io.files import uncached_problem
 from flashmoe.io.select import ReadSettings, open_reader
@@ -22,12 +22,12 @@ from flashmoe.probe.record_files import (
     record_files,
     shuffled_batches,
 )
+from flashmoe.probe.tuning import Reads
 from flashmoe.store.reader import Store
-from flashmoe.streaming.experts import APART_BYTES
 
 THREADS = (16, 32, 4, 2)
 PIECE_BYTES = (256 * 1024, 1024 * 1024)
-SWEEP_RECORDS = 16
+PREFILL_RECORDS = 16
 LEAST_SECONDS, MOST_SECONDS = 0.03, 0.4
 
 
@@ -88,9 +88,9 @@ def decode_pattern(store: Store, files: RecordFiles) -> Pattern:
     return Pattern("decode", batch, in_order=False, apart=files.record.stride >= APART_BYTES)
 
 
-def sweep_pattern(files: RecordFiles) -> Pattern:
+def prefill_pattern(files: RecordFiles) -> Pattern:
     """A staging group of records that follow one another."""
-    return Pattern("sweep", min(SWEEP_RECORDS, files.per_file), in_order=True, apart=False)
+    return Pattern("prefill", min(PREFILL_RECORDS, files.per_file), in_order=True, apart=False)
 
 
 def settings_for(record_bytes: int, page_cache: bool) -> list[ReadSettings]:
@@ -120,7 +120,7 @@ def tune_reads(
     ReadError when records cannot be read.
     """
     files = record_files(store)
-    patterns = (decode_pattern(store, files), sweep_pattern(files))
+    patterns = (decode_pattern(store, files), prefill_pattern(files))
     problem = uncached_problem(files.paths[0])
     modes = [True] if problem is not None else [True, False]
     destinations = Destinations(files, max(pattern.batch for pattern in patterns))
@@ -136,7 +136,7 @@ def tune_reads(
         outcome = _race(files, pattern, mode, share, destinations, draw, tick, clock)
         chosen[mode][pattern.name] = outcome.winner.setting
         rows += [_row(mode, pattern.name, runner, outcome) for runner in outcome.runners]
-    reads = {mode: Reads(found["decode"], found["sweep"]) for mode, found in chosen.items()}
+    reads = {mode: Reads(found["decode"], found["prefill"]) for mode, found in chosen.items()}
     if problem is not None:
         notes.append(f"this file system reads only through the page cache ({problem})")
     return TunedReads(reads[True], reads.get(False), tuple(rows), tuple(notes))

@@ -14,8 +14,8 @@ from flashmoe.base.errors import OptionError
 from flashmoe.base.units import format_size
 from flashmoe.bench.tune_model import RunRow, TunedModel, tune_model
 from flashmoe.engine.options import Options
-from flashmoe.engine.tuning import Choice, Tuning
 from flashmoe.probe.read_tuning import ReadRow, TunedReads, tune_reads
+from flashmoe.probe.tuning import Choice, Tuning
 from flashmoe.store.reader import Store, open_store
 
 # With what starting takes, and a last measurement that began in time, under a minute.
@@ -100,13 +100,13 @@ def _tune_model(
     tick: Callable[[], None],
 ) -> TunedModel:
     resident_bytes = sum(shard.tensor_bytes for shard in store.manifest.resident)
-    rate = max(row.bytes_per_second for row in reads.rows if row.pattern == "sweep")
+    rate = max(row.bytes_per_second for row in reads.rows if row.pattern == "prefill")
     if resident_bytes / rate > seconds * LOAD_SHARE:
         choice = Choice(reads.cached, reads.uncached or Choice().uncached)
         note = (
             f"loading {format_size(resident_bytes)} of resident weights would take "
             f"{resident_bytes / rate:.0f} of the {max(seconds, 0):.0f} seconds left: bank, page "
-            "cache and forecast were not tuned; give more --seconds"
+            "cache and prefetch were not tuned; give more --seconds"
         )
         return TunedModel(choice, None, (), (note,))
     return tune_model(store, reads, memory, seconds, free_bytes=free_bytes, tick=tick)

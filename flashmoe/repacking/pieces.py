@@ -36,7 +36,7 @@ class Maker:
         self._tensors = tensors
         self._files = files
         self._zeros: dict[tuple[tuple[int, ...], mx.Dtype, Setting], list[memoryview]] = {}
-        self._remembered: OrderedDict[tuple[int, int, int], memoryview] = OrderedDict()
+        self._warm_start_file: OrderedDict[tuple[int, int, int], memoryview] = OrderedDict()
 
     def make(
         self, parameter: Parameter, piece: Piece, begin: int, here: memoryview
@@ -95,13 +95,13 @@ class Maker:
         if last - first < WINDOW_BYTES:
             begin -= begin % WINDOW_BYTES
             end = min(end + -end % WINDOW_BYTES, self._files[file].size_bytes)
-        content = self._remembered.get((file, begin, end))
+        content = self._warm_start_file.get((file, begin, end))
         if content is not None:
-            self._remembered.move_to_end((file, begin, end))
+            self._warm_start_file.move_to_end((file, begin, end))
         else:
             content = np.empty(end - begin, np.uint8).data
             self._files[file].read_into(begin, content)
-            self._remembered[file, begin, end] = content
-            while sum(map(len, self._remembered.values())) > REMEMBERED_BYTES:
-                self._remembered.popitem(last=False)
+            self._warm_start_file[file, begin, end] = content
+            while sum(map(len, self._warm_start_file.values())) > REMEMBERED_BYTES:
+                self._warm_start_file.popitem(last=False)
         return content[first - begin : last - begin]

@@ -50,7 +50,7 @@ def _pages(size_bytes: int) -> memoryview:
     return memoryview(memory)
 
 
-class ReadAhead:
+class SourceStream:
     """Reads groups of source files in the order given; use it as a context manager.
 
     Iterating gives (file index, group, its bytes); the bytes are valid until the next but one.
@@ -68,7 +68,7 @@ class ReadAhead:
         )
         self._stopped = threading.Event()
 
-    def __enter__(self) -> ReadAhead:
+    def __enter__(self) -> SourceStream:
         return self
 
     def __exit__(

@@ -19,7 +19,7 @@ from flashmoe.repacking.hashing import Hashing
 from flashmoe.repacking.journal import Journal, Reached
 from flashmoe.repacking.pieces import Maker
 from flashmoe.repacking.schedule import Group, Schedule
-from flashmoe.repacking.source_stream import ReadAhead
+from flashmoe.repacking.source_stream import SourceStream
 from flashmoe.store.writer import StoreWriter
 
 # Between two lines of the journal; a killed run does again what it did since the last.
@@ -118,7 +118,7 @@ class Run:
         self._count()
         finished(self.progress)
         try:
-            with ReadAhead(self._files, self._groups()) as reading:
+            with SourceStream(self._files, self._groups()) as reading:
                 current = self.progress.file
                 self._digest = self._hash_so_far(current)
                 for index, group, content in reading:

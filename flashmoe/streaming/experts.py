@@ -10,20 +10,18 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from flashmoe.bank.arrivals import APART_BYTES
 from flashmoe.bank.bank import LayerBank
 from flashmoe.bank.stats import Stats
 from flashmoe.base.errors import FlashMoEError
 from flashmoe.io.reader import Reader
 from flashmoe.kernels.contract import ExpertForward
-from flashmoe.streaming.prefetcher import Foresight
-from flashmoe.streaming.prefill import Sweep
+from flashmoe.streaming.prefetcher import Prefetcher
+from flashmoe.streaming.prefill import ExpertPrefill
 from flashmoe.streaming.whole import WholeLayer
 
 # A bank's arrays as the kernels for single tokens and for prompts see them.
 Bind = Callable[[Mapping[str, mx.array]], tuple[ExpertForward, ExpertForward]]
-
-# Smaller records are there before it pays to compute without them.
-APART_BYTES = 256 * 1024
 
 
 class StreamedExperts(nn.Module):
@@ -31,7 +29,7 @@ class StreamedExperts(nn.Module):
 
     `x` [..., d_in], `indices` [..., k] -> [..., k, d_out] in x's dtype. `children` are the
     resident parts of the replaced module (activation, norms), kept under their names. What
-    needs more experts than one token does goes through `sweep`, or without one through the bank,
+    needs more experts than one token does goes through `prefill`, or without one through the bank,
     and meets the second of the kernels that `bind` gives. `observer`, when set, is called with
     each call's routed experts [..., k]. To be measured, `overlap` can be off, and `whole` reads
     the records that a token does not need, too.
@@ -43,7 +41,7 @@ class StreamedExperts(nn.Module):
         bind: Bind,
         stats: Stats,
         children: Mapping[str, Any],
-        sweep: Sweep | None = None,
+        prefill: ExpertPrefill | None = None,
         overlap: bool = True,
         whole: WholeLayer | None = None,
     ) -> None:
@@ -54,13 +52,13 @@ class StreamedExperts(nn.Module):
         self._bind = bind
         self._forwards: tuple[ExpertForward, ExpertForward] | None = bind(bank.memory.weights)
         self._stats = stats
-        self._sweep = sweep
+        self._prefill = prefill
         # How often single tokens used each expert.
         self._uses = np.zeros(bank.n_experts, np.int64)
         self._overlap = overlap
         self._whole = whole
-        # Set where the next layer's experts can be guessed.
-        self.foresight: Foresight | None = None
+        # Set where the next layer's experts can be prefetched.
+        self.prefetcher: Prefetcher | None = None
         self.observer: Callable[[npt.NDArray[Any]], None] | None = None
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
@@ -71,25 +69,27 @@ class StreamedExperts(nn.Module):
 
     def _call(self, x: mx.array, indices: mx.array) -> mx.array:
         one_token = indices.size == indices.shape[-1]
-        guess = self.foresight.guess(x) if self.foresight is not None and one_token else None
+        predicted = (
+            self.prefetcher.predict(x) if self.prefetcher is not None and one_token else None
+        )
         # The readback: once these are here, everything this layer's routing depends on has run.
         with self._stats.clock.during("computing"):
-            if guess is not None:
-                mx.eval(indices, guess)
+            if predicted is not None:
+                mx.eval(indices, predicted)
             experts = np.array(indices)
         if self.observer is not None:
             self.observer(experts)
         distinct = np.unique(experts)
         if len(distinct) > self._bank.group:
-            if self._sweep is not None:
-                return self._sweep(x, experts, self._forward(prompt=True))
+            if self._prefill is not None:
+                return self._prefill(x, experts, self._forward(prompt=True))
             return self._run_grouped(x, experts, distinct)
         if one_token:
             self._uses[distinct] += 1
         if one_token and self._whole is not None:
             self._whole(distinct.tolist())
         if one_token and self.reads_apart:
-            y = self._run_overlapped(x, experts, guess)
+            y = self._run_overlapped(x, experts, predicted)
         else:
             y = self._run(x, experts, distinct)
         self._bank.uses(y)
@@ -100,11 +100,11 @@ class StreamedExperts(nn.Module):
         """Where the experts are."""
         return self._bank
 
-    def read_with(self, reader: Reader, sweep_reader: Reader) -> None:
+    def read_with(self, reader: Reader, prefill_reader: Reader) -> None:
         """Read with others from now on, those of before being at rest. Not while called."""
         self._bank.read_with(reader)
-        if self._sweep is not None:
-            self._sweep.reader = sweep_reader
+        if self._prefill is not None:
+            self._prefill.reader = prefill_reader
         if self._whole is not None:
             self._whole.reader = reader
 
@@ -133,7 +133,7 @@ class StreamedExperts(nn.Module):
     def close(self) -> None:
         """Give the bank's memory back; calls raise FlashMoEError afterwards."""
         self._forwards = None
-        self._sweep = None
+        self._prefill = None
         if self._whole is not None:
             self._whole.close()
         self._bank.close()
@@ -144,7 +144,7 @@ class StreamedExperts(nn.Module):
         return self._forwards[prompt]
 
     def _run_overlapped(
-        self, x: mx.array, experts: npt.NDArray[Any], guess: mx.array | None
+        self, x: mx.array, experts: npt.NDArray[Any], predicted: mx.array | None
     ) -> mx.array:
         """One token: experts in the bank compute while the others are read, and these as they
         land. In any order, because a kernel's results do not depend on which slots are in a call.
@@ -152,8 +152,8 @@ class StreamedExperts(nn.Module):
         """
         flat: list[int] = experts.reshape(-1).tolist()
         with self._bank.request(flat, apart=True) as arrivals:
-            if guess is not None and self.foresight is not None:
-                self.foresight.read_ahead(guess)
+            if predicted is not None and self.prefetcher is not None:
+                self.prefetcher.prefetch(predicted)
             ready = self._bank.resident(flat)
             if len(ready) == len(flat):
                 return self._compute(x, self._bank.slots_of(experts))

@@ -1,6 +1,6 @@
-"""Whether, and how far, to read ahead: decided from how earlier guesses turned out.
+"""Whether to prefetch the next layer's experts, and how many: earlier predictions decide.
 
-Nothing here changes a result: a guess only starts reads that a layer may need next.
+No prediction changes a result: it only starts reads that a layer may need next.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import numpy as np
 from flashmoe.bank.bank import LayerBank
 
 # From the input of a layer's experts to ids of the next layer's, likeliest first.
-Guess = Callable[[mx.array], mx.array]
+Predict = Callable[[mx.array], mx.array]
 
-# A layer's width changes after so many guesses, up above and down below these precisions. Below
-# one half, guesses cost a busy disk more than they bring.
+# A layer's width changes after so many prefetched records: up above GOOD, down below POOR. Below
+# one half, wrong predictions cost a busy disk more than right ones save.
 LEARN_AFTER = 16
 GOOD, POOR = 0.7, 0.5
-# A layer whose guesses are poor is tried again after so many tokens.
+# A layer whose predictions are poor is tried again after so many tokens.
 REST = 128
-# Tokens with and without guesses that are compared, half as many where these leave no doubt, and
-# how long the faster way is kept.
+# Tokens with and without prefetch that are compared (half as many where these leave no doubt), and
+# the tokens for which the faster way is kept.
 WINDOW, HOLD = 8, 256
 
 
 class Width:
-    """How many of a layer's guesses are read ahead."""
+    """How many of a layer's predicted experts are prefetched."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -37,17 +37,17 @@ class Width:
         self._resting = 0
         self._seen = (0, 0)
 
-    def next(self, guessed: int, right: int) -> int:
+    def next(self, prefetched: int, right: int) -> int:
         """The width for the next token, given the layer's totals."""
         if self._resting:
             self._resting -= 1
             if self._resting == 0:
-                self._width, self._seen = 1, (guessed, right)
+                self._width, self._seen = 1, (prefetched, right)
             return self._width
-        new = guessed - self._seen[0]
+        new = prefetched - self._seen[0]
         if new >= LEARN_AFTER:
             precision = (right - self._seen[1]) / new
-            self._seen = (guessed, right)
+            self._seen = (prefetched, right)
             if precision >= GOOD:
                 self._width = min(self._width + 1, self._most)
             elif precision < POOR:
@@ -58,7 +58,7 @@ class Width:
 
 
 class Trial:
-    """Whether guessing pays at all: tokens with it and without it take turns, and the faster way
+    """Whether predicting pays at all: tokens with it and without it take turns, and the faster way
     is kept for a while."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Trial:
         clock: Callable[[], float] = time.perf_counter,
         disturbed: Callable[[], bool] = lambda: False,
     ) -> None:
-        """While it is `disturbed`, tokens' times say nothing about guessing."""
+        """While it is `disturbed`, tokens' times say nothing about predicting."""
         self._clock = clock
         self._disturbed = disturbed
         self._switched_on = True
@@ -83,11 +83,11 @@ class Trial:
 
     @property
     def on(self) -> bool:
-        """Whether to guess for the token that has begun."""
+        """Whether to prediction for the token that has begun."""
         return self._switched_on and self._pays
 
     def switch(self, *, on: bool) -> None:
-        """Never guess, or when it pays; what was learnt stays."""
+        """Never prediction, or when it pays; what was learnt stays."""
         self._switched_on = on
         self._last = None
 
@@ -118,19 +118,19 @@ class Trial:
         self._left = HOLD
 
     def _is_plain(self) -> bool:
-        """Whether every token with guesses was faster, or slower, than every one without."""
+        """Whether every token with predictions was faster, or slower, than every one without."""
         own, other = self._times[True], self._times[False]
         return max(own) < min(other) or max(other) < min(own)
 
 
-class Foresight:
-    """A layer's guesses about the next one, whose bank is `bank`."""
+class Prefetcher:
+    """A layer's predictions about the next one, whose bank is `bank`."""
 
-    def __init__(self, guess: Guess, bank: LayerBank, trial: Trial) -> None:
-        self._guess = guess
+    def __init__(self, predicted: Predict, bank: LayerBank, trial: Trial) -> None:
+        self._predict = predicted
         self._bank = bank
         self._trial = trial
-        # The first of a model's layers that guesses sees every token begin.
+        # The first of a model's layers that predicts sees every token begin.
         self._leads = trial.claim()
         self._width = Width(bank.group)
 
@@ -138,15 +138,15 @@ class Foresight:
         """As `Trial.switch`, for all of a model's layers."""
         self._trial.switch(on=on)
 
-    def guess(self, x: mx.array) -> mx.array | None:
-        """Ids for one token, unevaluated; None when guessing is off, or nothing is left to read."""
+    def predict(self, x: mx.array) -> mx.array | None:
+        """Ids for one token, unevaluated; None when prefetch is off, or nothing is left to read."""
         if self._leads:
             self._trial.next_token()
         if not self._trial.on or self._bank.holds_all:
             return None
-        return self._guess(x)
+        return self._predict(x)
 
-    def read_ahead(self, ids: mx.array) -> None:
-        """Start reading as many of the guessed experts as earlier guesses were worth."""
-        width = self._width.next(self._bank.guessed, self._bank.guessed_right)
-        self._bank.read_ahead(np.array(ids).reshape(-1)[:width].tolist())
+    def prefetch(self, ids: mx.array) -> None:
+        """Start reading as many of the predicted experts as earlier predictions were worth."""
+        width = self._width.next(self._bank.prefetched, self._bank.prefetched_used)
+        self._bank.prefetch(np.array(ids).reshape(-1)[:width].tolist())

@@ -108,7 +108,7 @@ def choose_adopted(
     return set(candidates[: n_free + leaving]), leaving
 
 
-class Sweep:
+class ExpertPrefill:
     """One layer's calls that need more experts than a token does.
 
     `x` [..., d_in] and `indices` [..., k] on the host -> [..., k, d_out], evaluated, in x's
@@ -139,8 +139,8 @@ class Sweep:
         """Raises ReadError when a record cannot be read whole, and FlashMoEError once the bank
         is closed; whatever is raised, bank and staging can be used again."""
         rows = RoutedRows.of(indices)
-        # What is still to be preloaded may be needed here, and would then be read twice.
-        self._bank.pause_preload(rows.experts.tolist())
+        # What is still to be warm_started may be needed here, and would then be read twice.
+        self._bank.pause_warm_start(rows.experts.tolist())
         table = self._bank.slot_table()
         here = table[rows.experts] != ABSENT
         missing = np.flatnonzero(~here)
@@ -172,7 +172,7 @@ class Sweep:
             raise
         # The experts of most rows count as used last.
         self._bank.use(rows.experts[np.argsort(rows.counts, kind="stable")].tolist())
-        self._bank.resume_preload()
+        self._bank.resume_warm_start()
         y = result.array()
         return y.reshape(*indices.shape, y.shape[-1])
 

@@ -136,7 +136,7 @@ class TestBank:
 
     def test_never_below_one_tokens_needs(self, store: Store, way: str) -> None:
         bank = make_bank(store, way, 4, memory_reader(store))
-        with pytest.raises(ValueError, match="needs at least 3 slot_memory, not 2"):
+        with pytest.raises(ValueError, match="needs at least 3 slots, not 2"):
             bank.resize(2)
         assert bank.memory.n_slots == 4
 
@@ -158,12 +158,12 @@ class TestBank:
         bank.acquire([0, 1, 2])
         assert bytes(array_bytes(output)) == CONTENTS["gate_proj.weight"]
 
-    def test_reads_ahead_are_cancelled_or_outlasted(self, store: Store, way: str) -> None:
+    def test_prefetches_are_cancelled_or_outlasted(self, store: Store, way: str) -> None:
         reader = ThreadReader(1, delayed_preadv(5))
         bank = make_bank(store, way, 8, reader)
         bank.acquire([0])
         for size in (3, 8, 4, 8, 3):
-            bank.read_ahead([1, 2, 3, 4, 5])
+            bank.prefetch([1, 2, 3, 4, 5])
             bank.resize(size)
             bank.check_integrity()
             assert_holds(bank, bank.held())
@@ -195,7 +195,7 @@ class TestBank:
                 bank.acquire(argument)
                 assert_holds(bank, argument, widen)
             elif what == "ahead":
-                bank.read_ahead(argument[:4])
+                bank.prefetch(argument[:4])
             else:
                 bank.resize(argument)
                 assert bank.memory.n_slots == argument

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flashmoe import FlashMoEModel
-from flashmoe.bank.warm_start_file import RememberedBanks
+from flashmoe.bank.warm_start_file import WarmStartFile
 from flashmoe.store.reader import Store
 from tests.support.answers import BARN, BARN_ANSWER, CAPITAL, CAPITAL_TOKENS
 from tests.support.commands import Run
@@ -23,23 +23,23 @@ def remembered(home: Path) -> list[Path]:
 
 
 @pytest.fixture
-def banks(tmp_path: Path, good_store: Store) -> RememberedBanks:
-    return RememberedBanks(tmp_path / "kept", good_store)
+def banks(tmp_path: Path, good_store: Store) -> WarmStartFile:
+    return WarmStartFile(tmp_path / "kept", good_store)
 
 
-def some(banks: RememberedBanks, start: int = 0) -> tuple[tuple[int, ...], ...]:
+def some(banks: WarmStartFile, start: int = 0) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(range(start, n)) for n in banks._n_experts)
 
 
 class TestFile:
-    def test_what_is_written_is_read(self, banks: RememberedBanks) -> None:
+    def test_what_is_written_is_read(self, banks: WarmStartFile) -> None:
         assert banks.read() is None
         banks.write(some(banks, 1))
         assert banks.read() == some(banks, 1)
         assert banks.path.stat().st_size < 1000
         assert [path.name for path in banks.path.parent.iterdir()] == [banks.path.name]
 
-    def test_a_smaller_run_makes_nothing_forgotten(self, banks: RememberedBanks) -> None:
+    def test_a_smaller_run_makes_nothing_forgotten(self, banks: WarmStartFile) -> None:
         banks.write([(3, 1, 0), (2, 1)])
         banks.write([(1, 2), ()])
         assert banks.read() == ((1, 2, 3, 0), (2, 1))
@@ -63,9 +63,7 @@ class TestFile:
             lambda content: {"layers": content["layers"]},
         ],
     )
-    def test_anything_else_is_ignored_and_replaced(
-        self, banks: RememberedBanks, damage: Any
-    ) -> None:
+    def test_anything_else_is_ignored_and_replaced(self, banks: WarmStartFile, damage: Any) -> None:
         banks.write(some(banks))
         banks.path.write_text(json.dumps(damage(json.loads(banks.path.read_text()))))
         assert banks.read() is None
@@ -73,9 +71,7 @@ class TestFile:
         assert banks.read() == some(banks, 1)
 
     @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b'{"version": 1', b"[" * 100_000])
-    def test_bytes_that_are_no_json_are_ignored(
-        self, banks: RememberedBanks, content: bytes
-    ) -> None:
+    def test_bytes_that_are_no_json_are_ignored(self, banks: WarmStartFile, content: bytes) -> None:
         banks.path.parent.mkdir()
         banks.path.write_bytes(content)
         assert banks.read() is None
@@ -86,16 +82,16 @@ class TestFile:
         self, tmp_path: Path, good_store: Store
     ) -> None:
         (tmp_path / "kept").write_text("a file")
-        banks = RememberedBanks(tmp_path / "kept", good_store)
+        banks = WarmStartFile(tmp_path / "kept", good_store)
         banks.write(some(banks))
         assert banks.read() is None
         assert (tmp_path / "kept").read_text() == "a file"
 
     def test_stores_have_files_of_their_own(
-        self, tmp_path: Path, banks: RememberedBanks, demo_store: Path
+        self, tmp_path: Path, banks: WarmStartFile, demo_store: Path
     ) -> None:
         with FlashMoEModel.from_pretrained(demo_store, cache="min") as model:
-            other = RememberedBanks(tmp_path / "kept", model.store)
+            other = WarmStartFile(tmp_path / "kept", model.store)
         assert other.path != banks.path
 
 
@@ -112,17 +108,17 @@ class TestModel:
     def test_the_next_run_begins_with_what_was_there(self, home: Path, demo_store: Path) -> None:
         first, held = answer(demo_store, kernel="cpu", warm_start=True)
         (file,) = remembered(home)
-        assert first.preloaded == 0
+        assert first.warm_started == 0
         layers = json.loads(file.read_text())["layers"]
         assert [set(experts) for experts in layers] == held
         second, _ = answer(demo_store, kernel="cpu", warm_start=True)
-        assert 0 < second.preloaded_used <= second.preloaded
+        assert 0 < second.warm_started_used <= second.warm_started
         assert remembered(home) == [file]
 
     def test_it_is_off_unless_asked_for(self, home: Path, demo_store: Path) -> None:
         answer(demo_store, warm_start=True)
         stats, _ = answer(demo_store)
-        assert stats.preloaded == 0
+        assert stats.warm_started == 0
         (file,) = remembered(home)
         file.unlink()
         answer(demo_store)
@@ -167,17 +163,17 @@ def test_commands_start_warm_unless_told(home: Path, run_cli: Run, demo_store: P
         assert told["tokens"] == CAPITAL_TOKENS
         return told["stats"]
 
-    assert stats("--no-warm-start")["preloaded"] == 0
+    assert stats("--no-warm-start")["warm_started"] == 0
     assert remembered(home) == []
-    assert stats()["preloaded"] == 0
+    assert stats()["warm_started"] == 0
     second = stats()
-    assert 0 < second["preloaded_used"] <= second["preloaded"]
-    assert stats("--no-warm-start")["preloaded"] == 0
+    assert 0 < second["warm_started_used"] <= second["warm_started"]
+    assert stats("--no-warm-start")["warm_started"] == 0
     (file,) = remembered(home)
     file.write_text("{")
-    assert stats()["preloaded"] == 0
+    assert stats()["warm_started"] == 0
     line = run_cli("generate", demo_store, "-p", CAPITAL, "--cache", SMALL, "--stats").out
-    assert "preloaded experts used" in line
+    assert "warm_started experts used" in line
 
 
 def test_a_chat_is_remembered(home: Path, run_cli: Run, demo_store: Path) -> None:

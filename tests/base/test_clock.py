@@ -172,7 +172,7 @@ def test_a_phase_gets_what_was_spent_in_it(
 ) -> None:
     naps = Naps(monkeypatch)
     slow_down(naps)
-    with FlashMoEModel(wide, cache="min", forecast=False) as model:
+    with FlashMoEModel(wide, cache="min", prefetch=False) as model:
         if phase == "host":
             model.observe_routing(naps.before(lambda layer, experts: None))
         pieces = model.stream([1, 2, 3], 6, temperature=5.0, seed=2)

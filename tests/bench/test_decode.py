@@ -131,18 +131,18 @@ def test_a_pass_that_takes_too_long_ends(demo_store: Path) -> None:
 def test_ladder(demo_store: Path, home: Path, here: list[Point]) -> None:
     report = bench_ladder(demo_store, Options(cache="5MB"), BRIEF)
     assert [rung.name for rung in report.rungs] == [step.name for step in STEPS[:-1]]
-    naive, routed, bank, overlap, forecast = report.rungs
+    naive, routed, bank, overlap, prefetch = report.rungs
     assert naive.of_naive == naive.of_previous == routed.of_previous / routed.of_naive == 1
     assert naive.figures.read_of_absent == pytest.approx(16)
     assert naive.figures.compute_seconds is None
     assert routed.figures.read_of_absent == 1
     assert naive.bank_bytes == routed.bank_bytes < bank.bank_bytes == overlap.bank_bytes
     assert bank.figures.hit_rate > routed.figures.hit_rate
-    assert [point.options["forecast"] for point in here] == [False] * 4 + [True]
-    assert forecast.of_naive == pytest.approx(
-        forecast.figures.tokens_per_second.median / naive.figures.tokens_per_second.median
+    assert [point.options["prefetch"] for point in here] == [False] * 4 + [True]
+    assert prefetch.of_naive == pytest.approx(
+        prefetch.figures.tokens_per_second.median / naive.figures.tokens_per_second.median
     )
-    assert report.reached == (forecast.of_naive >= 3.2)
+    assert report.reached == (prefetch.of_naive >= 3.2)
     assert any("256 KiB" in note for note in report.notes)
     assert any("tuned" in note for note in report.notes)
 
@@ -167,7 +167,7 @@ def test_the_ladder_ends_with_what_tune_measured(
     assert [rung["name"] for rung in report["rungs"]] == [step.name for step in STEPS]
     assert [rung["tuned"] for rung in report["rungs"]] == [False] * 5 + [True]
     assert opened == [ReadSettings()] * 5 + [three]
-    assert here[-1].options["forecast"] is None
+    assert here[-1].options["prefetch"] is None
     assert not any("tuned" in note for note in report["notes"])
     # What the model is not to take is no rung.
     monkeypatch.setattr(ladder, "STEPS", STEPS[4:])
@@ -175,7 +175,7 @@ def test_the_ladder_ends_with_what_tune_measured(
         "bench", "decode", demo_store, "--ladder", "--cache", "5MB", "--max-tokens", 2, "--json",
         "--no-tuned",
     ).json()  # fmt: skip
-    assert [rung["name"] for rung in report["rungs"]] == ["forecast"]
+    assert [rung["name"] for rung in report["rungs"]] == ["prefetch"]
 
 
 def test_rungs_that_disagree(
@@ -237,7 +237,7 @@ def test_what_people_see(run_cli: Run, demo_store: Path, here: list[Point], tmp_
     assert plot.stat().st_size > 10_000
     result = run_cli("bench", "decode", demo_store, *brief, "--ladder")
     assert (result.code, result.err) == (0, "")
-    for word in ("naive", "routed only", "forecast", "times naive, target 3.2", "same tokens"):
+    for word in ("naive", "routed only", "prefetch", "times naive, target 3.2", "same tokens"):
         assert word in result.out
 
 

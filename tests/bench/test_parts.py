@@ -34,7 +34,7 @@ def qwen_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def decoded(store: Store, parts: Parts) -> tuple[list[bytes], Stats, int]:
     """Logits of a prompt and an answer, what decoding counted, and the bank's size."""
-    with FlashMoEModel(store, memory="4GB", forecast=False, parts=parts) as model:
+    with FlashMoEModel(store, memory="4GB", prefetch=False, parts=parts) as model:
         cache = make_prompt_cache(model.model)
         outputs = [model.model(mx.array([PROMPT]), cache=cache)]
         mx.eval(outputs)
@@ -120,9 +120,9 @@ def test_a_whole_layer_that_cannot_be_read(store: Store) -> None:
     bank.check_integrity()
 
 
-def test_what_was_read_ahead_was_absent(store: Store) -> None:
+def test_what_was_prefetched_was_absent(store: Store) -> None:
     bank, stats = make_bank(store, memory_reader(store), n_slots=LAYOUT.n_experts)
-    bank.read_ahead([4])
+    bank.prefetch([4])
     bank.acquire([4, 5])
     bank.acquire([4, 5])
     assert stats.bytes_absent == 2 * STRIDE

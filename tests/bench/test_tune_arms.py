@@ -7,8 +7,8 @@ from flashmoe.bench import arms, tune_model
 from flashmoe.bench.arms import ROUNDS, try_arms
 from flashmoe.bench.tune_model import Decoder, tuned_by
 from flashmoe.engine.api import FlashMoEModel
-from flashmoe.engine.tuning import BankChoice, Choice
 from flashmoe.io.files import uncached_problem
+from flashmoe.probe.tuning import BankChoice, Choice
 
 BANK = 5 * 10**6
 
@@ -31,7 +31,7 @@ class Scripted:
         bank = choice.bank
         self.page_cache = self.default if bank is None else bank.page_cache
         self.share = 1.0 if bank is None else bank.bank_share
-        self.forecast = bank is None or bank.forecast
+        self.prefetch = bank is None or bank.prefetch
         self.bank_bytes = int(self.whole * self.share)
 
     def retune(self, choice):
@@ -63,7 +63,7 @@ def names(outcome):
     return [arm.name for arm in outcome.arms]
 
 
-WHOLE = ["as by default", "page cache", "no forecast"]
+WHOLE = ["as by default", "page cache", "no prefetch"]
 HALF = "half the bank, page cache"
 
 
@@ -74,7 +74,7 @@ class TestChoice:
         assert found.best.choice.bank is None
         assert [len(arm.rates) for arm in found.arms] == [ROUNDS] * 4
         assert [arm.page_cache for arm in found.arms] == [False, True, False, True]
-        assert [arm.forecast for arm in found.arms] == [True, True, False, True]
+        assert [arm.prefetch for arm in found.arms] == [True, True, False, True]
         assert [arm.bank_bytes for arm in found.arms] == [BANK] * 3 + [BANK // 2]
         rows = tuned_by(found).rows
         assert [row.is_chosen for row in rows] == [True, False, False, False]
@@ -83,7 +83,7 @@ class TestChoice:
 
     def test_half_the_bank_is_better(self):
         found = tried(Scripted(lambda model: 12.0 if model.share < 1 else 10.0))
-        assert found.best.choice.bank == BankChoice(BANK, 0.5, page_cache=True, forecast=True)
+        assert found.best.choice.bank == BankChoice(BANK, 0.5, page_cache=True, prefetch=True)
         assert names(found) == [*WHOLE, HALF, "as by default, again"]
 
     def test_a_machine_that_became_faster(self):
@@ -96,8 +96,8 @@ class TestChoice:
         assert found.best.choice.bank is None
 
     @pytest.mark.parametrize(("speed", "bank"), [
-        (lambda model: 10.0 if model.forecast else 11.0, {"page_cache": False, "forecast": False}),
-        (lambda model: 12.0 if model.page_cache else 10.0, {"page_cache": True, "forecast": True}),
+        (lambda model: 10.0 if model.prefetch else 11.0, {"page_cache": False, "prefetch": False}),
+        (lambda model: 12.0 if model.page_cache else 10.0, {"page_cache": True, "prefetch": True}),
     ])  # fmt: skip
     def test_another_way_with_all_of_it(self, speed, bank):
         found = tried(Scripted(speed))
@@ -111,16 +111,16 @@ class TestChoice:
 
         found = tried(Scripted(speed))
         assert names(found)[-1] == "page cache, again"
-        assert found.best.choice.bank == BankChoice(BANK, 1.0, page_cache=True, forecast=True)
+        assert found.best.choice.bank == BankChoice(BANK, 1.0, page_cache=True, prefetch=True)
 
     def test_a_little_faster_is_not_enough(self):
-        found = tried(Scripted(lambda model: 10.0 if model.forecast else 10.4))
+        found = tried(Scripted(lambda model: 10.0 if model.prefetch else 10.4))
         assert found.best.choice.bank is None
 
 
 class TestTime:
     def test_losers_leave(self):
-        model = Scripted(lambda model: 10.0 if model.forecast else 8.0)
+        model = Scripted(lambda model: 10.0 if model.prefetch else 8.0)
         found = tried(model)
         assert [len(arm.rates) for arm in found.arms] == [6, 6, 3, 6]
 
@@ -150,7 +150,7 @@ class TestTime:
 
     def test_a_bank_that_cannot_be_halved_and_a_needed_page_cache(self):
         found = tried(Scripted(lambda model: 10.0, bank_bytes=10**6), uncached=False)
-        assert names(found) == ["as by default", "no forecast"]
+        assert names(found) == ["as by default", "no prefetch"]
 
 
 @pytest.fixture(scope="module")

@@ -51,12 +51,12 @@ def test_generate_text_and_stats(run_cli: Run, demo_store: Path) -> None:
         assert 98 <= sum(map(int, shares.groups())) <= 102
 
 
-def test_stats_of_a_forecast() -> None:
-    stats = Stats(guessed=8, guessed_right=6, unguessed=4, bytes_wasted=2_500_000)
+def test_stats_of_a_prefetch() -> None:
+    stats = Stats(prefetched=8, prefetched_used=6, not_prefetched=4, bytes_wasted=2_500_000)
     assert stats_lines(stats)[2] == (
-        "8 records guessed · precision 75% · recall 60% · 2.50 MB read in vain"
+        "8 records prefetched · precision 75% · recall 60% · 2.50 MB read in vain"
     )
-    assert len(stats_lines(Stats(unguessed=4))) == 2
+    assert len(stats_lines(Stats(not_prefetched=4))) == 2
 
 
 def test_generate_prints_no_stats_unasked(run_cli: Run, demo_store: Path) -> None:
@@ -85,9 +85,9 @@ def test_generate_json(run_cli: Run, demo_store: Path) -> None:
     seconds = stats["seconds"]
     for part in ("prefill", "decode"):
         assert sum(seconds[f"in_{part}"].values()) == pytest.approx(seconds[part], rel=0.05)
-    # Records this small are never guessed for.
-    assert (stats["guessed"], stats["unguessed"], stats["bytes_wasted"]) == (0, 0, 0)
-    assert stats["forecast_precision"] is stats["forecast_recall"] is None
+    # Records this small are never prefetched for.
+    assert (stats["prefetched"], stats["not_prefetched"], stats["bytes_wasted"]) == (0, 0, 0)
+    assert stats["prefetch_precision"] is stats["prefetch_recall"] is None
 
 
 def test_generate_is_the_same_with_any_cache(run_cli: Run, demo_store: Path) -> None:

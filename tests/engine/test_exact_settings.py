@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from tests.support.exact_settings import CHOICES, Setting, Trials, logits
 
 TAKEN = (
-    "Sweep.__call__",
+    "ExpertPrefill.__call__",
     "LayerBank._evict",
     "LayerBank.adopt",
     "LayerBank.resize",
     "StreamedExperts._run_overlapped",
     "StreamedExperts._run_grouped",
-    "forecasts begun",
-    "forecasts cancelled",
-    "right guesses",
+    "prefetches begun",
+    "prefetches cancelled",
+    "right predictions",
     "bytes wasted",
 )
 

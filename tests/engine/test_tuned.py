@@ -7,18 +7,18 @@ import pytest
 
 from flashmoe import FlashMoEError, FlashMoEModel
 from flashmoe.engine import api, model_cache
-from flashmoe.engine.tuning import BankChoice, Choice, Reads, Tuning, TuningFile
 from flashmoe.io.depth import Depth
 from flashmoe.io.files import uncached_problem
 from flashmoe.io.mapped import MmapReader
 from flashmoe.io.select import ReadSettings, open_reader
 from flashmoe.probe.record_files import cached_share, evict
+from flashmoe.probe.tuning import BankChoice, Choice, Reads, Tuning, TuningFile
 from flashmoe.store.reader import open_store
 from tests.support.answers import BARN, BARN_ANSWER
 from tests.support.commands import Run
 
 READS = Reads(ReadSettings("pread", Depth(3, 4096)), ReadSettings("pread", Depth(16, 10_000)))
-ODD = Choice(cached=Reads(ReadSettings("mmap", Depth(2)), READS.sweep), uncached=READS)
+ODD = Choice(cached=Reads(ReadSettings("mmap", Depth(2)), READS.prefill), uncached=READS)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def logits(model):
 
 
 def with_bank(**changes):
-    bank = BankChoice(bank_bytes=1, bank_share=1.0, page_cache=False, forecast=False)
+    bank = BankChoice(bank_bytes=1, bank_share=1.0, page_cache=False, prefetch=False)
     return replace(ODD, bank=replace(bank, **changes))
 
 
@@ -75,12 +75,12 @@ def test_results_are_the_same(home, demo, demo_store, record_paths, opened, page
         assert model.choice == ODD
         reads = ODD.reads(page_cache)
         # Another reader, or the same one at another depth.
-        second = (reads.sweep, True) if page_cache else reads.sweep.depth
+        second = (reads.prefill, True) if page_cache else reads.prefill.depth
         assert opened == [(reads.decode, page_cache), second]
         assert type(model._reader) is MmapReader if page_cache else model.reader == "pread"
         assert mx.array_equal(logits(model), logits(demo))
         assert model.generate(BARN) == BARN_ANSWER
-        assert model._sweep_reader.counters.bytes > 0
+        assert model._prefill_reader.counters.bytes > 0
         assert model._reader.counters.bytes > 0
 
 
@@ -122,7 +122,7 @@ def test_what_the_user_says_comes_first(home, demo_store, record_paths, opened):
     with FlashMoEModel.from_pretrained(demo_store, reader="pread", **options) as model:
         assert model.reader == "pread"
     assert opened.pop(0) == (ReadSettings("pread"), True)
-    assert opened.pop(0) == ODD.cached.sweep.depth
+    assert opened.pop(0) == ODD.cached.prefill.depth
     with FlashMoEModel.from_pretrained(demo_store, reader="mmap", **options) as model:
         assert model.reader == "mmap"
     assert opened.pop(0) == (ODD.cached.decode, True)
@@ -179,7 +179,7 @@ def test_another_choice_while_it_runs(home, demo, demo_store, record_paths):
         assert not model.page_cache
         assert whole * 0.4 < model.bank_bytes <= whole * 0.5
         assert mx.array_equal(logits(model), logits(demo))
-        assert model._reader.counters.bytes + model._sweep_reader.counters.bytes > 0
+        assert model._reader.counters.bytes + model._prefill_reader.counters.bytes > 0
         # It does not grow while it runs, until another choice says so.
         model.generate([5] * 20, 40, template=False)
         assert model.bank_bytes <= whole * 0.5
@@ -196,7 +196,7 @@ def test_the_command_line(run_cli: Run, demo_store, opened):
     store_choice(demo_store, ODD)
     command = ("generate", demo_store, "-p", BARN, "--cache", "min", "--page-cache")
     assert run_cli(*command).out == f"{BARN_ANSWER}\n"
-    assert opened == [(ODD.cached.decode, True), (ODD.cached.sweep, True)]
+    assert opened == [(ODD.cached.decode, True), (ODD.cached.prefill, True)]
     assert run_cli(*command, "--no-tuned").out == f"{BARN_ANSWER}\n"
     assert opened[2:] == [(ReadSettings(), True)]
 

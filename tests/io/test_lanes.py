@@ -123,13 +123,13 @@ def test_priorities_hold_across_lanes(pool, watch, path):
         lane = reader.lane(Depth(1))
         slow, quick = far(path, 3), near(path, 3)
         demand = lane.submit(slow)
-        forecast = reader.submit(quick, Priority.FORECAST)
+        prefetch = reader.submit(quick, Priority.PREFETCH)
         time.sleep(0.05)
-        # Two threads have nothing to do, and still no forecast begins.
+        # Two threads have nothing to do, and still no prefetch begins.
         assert watch.offsets == [40_000]
         watch.open.set()
         demand.wait()
-        forecast.wait()
+        prefetch.wait()
         # They may once the last demanded piece has been taken.
         assert watch.offsets[:2] == [40_000, 40_100]
         assert whole(slow)
@@ -141,10 +141,10 @@ def test_what_is_dropped_lets_others_begin(pool, watch, path):
         lane = reader.lane(Depth(1))
         demand = lane.submit(far(path, 3))
         quick = near(path, 3)
-        forecast = reader.submit(quick, Priority.FORECAST)
+        prefetch = reader.submit(quick, Priority.PREFETCH)
         time.sleep(0.02)
         assert demand.cancel() == 2
-        forecast.wait()
+        prefetch.wait()
         assert whole(quick)
         watch.open.set()
         lane.drain()

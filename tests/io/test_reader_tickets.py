@@ -62,38 +62,38 @@ def untouched(request):
 
 
 class TestPriority:
-    def test_demand_overtakes_waiting_forecast(self, reader, gate, requests):
-        forecast = reader.submit(requests[:3], Priority.FORECAST)
+    def test_demand_overtakes_waiting_prefetch(self, reader, gate, requests):
+        prefetch = reader.submit(requests[:3], Priority.PREFETCH)
         gate.reached.wait(10)
-        more = reader.submit(requests[3:5], Priority.FORECAST)
+        more = reader.submit(requests[3:5], Priority.PREFETCH)
         demand = reader.submit(requests[5:7])
         later = reader.submit(requests[7:9], Priority.DEMAND)
         assert not demand.done()
         gate.open.set()
-        for ticket in (forecast, more, demand, later):
+        for ticket in (prefetch, more, demand, later):
             ticket.wait()
         assert gate.offsets == [0, 5, 6, 7, 8, 1, 2, 3, 4]
 
-    def test_forecast_overtakes_waiting_preloads(self, reader, gate, requests):
-        first = reader.submit(requests[:2], Priority.PRELOAD)
+    def test_prefetch_overtakes_waiting_warm_starts(self, reader, gate, requests):
+        first = reader.submit(requests[:2], Priority.WARM_START)
         gate.reached.wait(10)
-        more = reader.submit(requests[2:4], Priority.PRELOAD)
-        forecast = reader.submit(requests[4:6], Priority.FORECAST)
+        more = reader.submit(requests[2:4], Priority.WARM_START)
+        prefetch = reader.submit(requests[4:6], Priority.PREFETCH)
         demand = reader.submit(requests[6:7])
         gate.open.set()
-        for ticket in (first, more, forecast, demand):
+        for ticket in (first, more, prefetch, demand):
             ticket.wait()
         assert gate.offsets == [0, 6, 4, 5, 1, 2, 3]
 
-    def test_demand_overtakes_the_pieces_of_a_large_forecast(self, reader, gate, tmp_path):
+    def test_demand_overtakes_the_pieces_of_a_large_prefetch(self, reader, gate, tmp_path):
         path = tmp_path / "large"
         path.write_bytes(bytes(4 << 20))
-        forecast = reader.submit([ReadRequest(path, 0, buffers_of(4 << 20))], Priority.FORECAST)
+        prefetch = reader.submit([ReadRequest(path, 0, buffers_of(4 << 20))], Priority.PREFETCH)
         gate.reached.wait(10)
         demand = reader.submit([ReadRequest(path, 5, buffers_of(10))])
         gate.open.set()
         demand.wait()
-        forecast.wait()
+        prefetch.wait()
         assert gate.offsets == [0, 5, 1 << 20, 2 << 20, 3 << 20]
 
 
@@ -118,7 +118,7 @@ class TestCancel:
     def test_what_has_not_begun_ends_at_once(self, reader, gate, requests):
         first = reader.submit(requests[:1])
         gate.reached.wait(10)
-        second = reader.submit(requests[1:4], Priority.FORECAST)
+        second = reader.submit(requests[1:4], Priority.PREFETCH)
         third = reader.submit(requests[4:5])
         assert second.cancel() == 3
         assert second.done()

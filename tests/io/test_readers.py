@@ -50,7 +50,7 @@ class TestContract:
         for offset in (5, 4000, 49_900):
             request = ReadRequest(case.folder / "a", offset, scatter)
             assert request.nbytes == scatter.nbytes == 100
-            reader.submit([request], Priority.FORECAST).wait()
+            reader.submit([request], Priority.PREFETCH).wait()
             assert joined(scatter) == CONTENT[offset : offset + 100]
         assert (len(scatter), len(scatter[1]), scatter[0][0]) == (3, 0, CONTENT[49_900])
 
@@ -234,7 +234,7 @@ class TestContract:
 
     def test_tickets(self, case, reader):
         requests = [ReadRequest(case.folder / "a", i, buffers_of(1000)) for i in range(4)]
-        tickets = [reader.submit(requests[:2]), reader.submit(requests[2:], Priority.FORECAST)]
+        tickets = [reader.submit(requests[:2]), reader.submit(requests[2:], Priority.PREFETCH)]
         waiting = [0, 1]
         while waiting:
             ended = waiting[reader.wait_any([tickets[i] for i in waiting])]
@@ -262,7 +262,7 @@ class TestContract:
         """Whatever has begun by then: what is not dropped is whole, the rest untouched."""
         for _ in range(20):
             requests = [ReadRequest(case.folder / "a", i, buffers_of(900)) for i in range(30)]
-            ticket = reader.submit(requests, Priority.FORECAST)
+            ticket = reader.submit(requests, Priority.PREFETCH)
             dropped = ticket.cancel()
             if dropped:
                 with pytest.raises(ReadCancelled, match="cancelled before it began"):

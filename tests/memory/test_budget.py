@@ -268,12 +268,12 @@ def test_resident_bytes():
 
 def test_scratch_bytes():
     sizes = {"chunk": 256, "context": 4096, "width": 2048, "heads": 16, "vocabulary": 151_936}
-    fused = scratch_bytes(**sizes, top_k=8, held_scores=False, swept=False)
+    fused = scratch_bytes(**sizes, top_k=8, held_scores=False, staged=False)
     assert fused == 4 * 256 * 2048 * 72 + 3 * 256 * 4096 + 16 * 151_936
-    whole = scratch_bytes(**sizes, top_k=8, held_scores=True, swept=False)
+    whole = scratch_bytes(**sizes, top_k=8, held_scores=True, staged=False)
     assert whole - fused == 12 * 16 * 256 * 4096
-    swept = scratch_bytes(**sizes, top_k=8, held_scores=False, swept=True)
-    assert fused - swept == 4 * 256 * 2048 * 3 * 8
+    staged = scratch_bytes(**sizes, top_k=8, held_scores=False, staged=True)
+    assert fused - staged == 4 * 256 * 2048 * 3 * 8
 
 
 class TestLending:

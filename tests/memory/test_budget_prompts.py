@@ -20,8 +20,8 @@ MB = 10**6
 DEMANDS = [LayerDemand(MB, 2, 100)] * 4
 
 
-def scratch(chunk, swept):
-    return chunk * (1000 if swept else 1500)
+def scratch(chunk, staged):
+    return chunk * (1000 if staged else 1500)
 
 
 def plans(context=4096, most_records=64):

@@ -1,4 +1,4 @@
-"""Forecasters: for which families they are found, and what they guess."""
+"""Predictors: for which families they are found, and what they prediction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flashmoe.checkpoint.architecture import expert_modules
 from flashmoe.checkpoint.config import read_config
 from flashmoe.kernels.linear import LEAST_WEIGHTS, NativeLinear
 from flashmoe.model.load import use_native_linears
-from flashmoe.model.predictor import Forecaster, find_forecasters, rescaling
+from flashmoe.model.predictor import Predictor, find_predictors, rescaling
 from flashmoe.model.router_scoring import Groups
 from flashmoe.model.routing_sites import find_sites
 from flashmoe.streaming.experts import StreamedExperts
@@ -26,7 +26,7 @@ from tests.support.families import FAMILIES, build_model
 from tests.support.natives import compiled
 from tests.support.routing import WITHOUT, observe, recalls
 
-# Families without forecasters, and why.
+# Families without predictors, and why.
 # Four residual streams are mixed anew in every layer.
 MIXED = {"deepseek_v41"}
 WITH = [family for family in FAMILIES if family not in WITHOUT]
@@ -46,13 +46,13 @@ def test_found_and_nothing_changed(family: str) -> None:
     before = model(mx.array([TOKENS]))
     mx.eval(before)
     parameters = {path: id(array) for path, array in flat(model)}
-    forecasters = find_forecasters(model, config)
-    assert len(forecasters) == len(expert_modules(model))
+    predictors = find_predictors(model, config)
+    assert len(predictors) == len(expert_modules(model))
     assert {path: (id(m), type(m)) for path, m in model.named_modules()} == modules
     assert {path: id(array) for path, array in flat(model)} == parameters
     assert bool(mx.array_equal(model(mx.array([TOKENS])), before))
-    assert forecasters[-1] is None
-    assert [f is None for f in forecasters[:-1]] == [family in WITHOUT] * (len(forecasters) - 1)
+    assert predictors[-1] is None
+    assert [f is None for f in predictors[:-1]] == [family in WITHOUT] * (len(predictors) - 1)
 
 
 def flat(model: nn.Module) -> list[tuple[str, mx.array]]:
@@ -63,13 +63,13 @@ def flat(model: nn.Module) -> list[tuple[str, mx.array]]:
 @pytest.mark.parametrize("family", [family for family in WITH if family not in MIXED])
 def test_exact_where_layers_add_nothing(family: str) -> None:
     model = build_model(FAMILIES[family], seed=1)
-    forecasters = find_forecasters(spread_norms(model), FAMILIES[family])
-    silence(model, forecasters)
+    predictors = find_predictors(spread_norms(model), FAMILIES[family])
+    silence(model, predictors)
     steps = observe(model, expert_modules(model))
     one_token_passes(model)
     assert all(len(seen) == len(TOKENS) for seen in steps)
-    assert recalls(forecasters, steps) == [1.0] * (len(steps) - 1)
-    # The tokens route apart, so this is no constant guess.
+    assert recalls(predictors, steps) == [1.0] * (len(steps) - 1)
+    # The tokens route apart, so this is no constant predicted.
     assert len({tuple(sorted(after)) for _, after in steps[-1]}) > 2
 
 
@@ -82,23 +82,23 @@ def spread_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-def silence(model: nn.Module, forecasters: Sequence[Forecaster | None]) -> None:
+def silence(model: nn.Module, predictors: Sequence[Predictor | None]) -> None:
     """Let attention, experts and all else that is added to the residual stream be zero."""
-    routers = {id(f.router) for f in forecasters if f is not None}
+    routers = {id(f.router) for f in predictors if f is not None}
     for path, module in model.named_modules():
         linear = isinstance(module, (nn.Linear, SwitchLinear)) and "lm_head" not in path
         if linear and id(module) not in routers:
             module.update({name: mx.zeros_like(array) for name, array in module.items()})
 
 
-def test_random_models_are_guessed_better_than_by_chance() -> None:
+def test_random_models_are_predictioned_better_than_by_chance() -> None:
     found = []
     for family in WITH:
         model = build_model(FAMILIES[family], seed=0)
-        forecasters = find_forecasters(model, FAMILIES[family])
+        predictors = find_predictors(model, FAMILIES[family])
         steps = observe(model, expert_modules(model))
         one_token_passes(model)
-        found += [np.array(recalls(forecasters, steps, times)) for times in (1, 2)]
+        found += [np.array(recalls(predictors, steps, times)) for times in (1, 2)]
     once, twice = np.concatenate(found[::2]).mean(), np.concatenate(found[1::2]).mean()
     print(f"recall over {len(WITH)} random families: {once:.2f} at k, {twice:.2f} at 2k")
     assert once > 2 / 8 + 0.1
@@ -106,40 +106,40 @@ def test_random_models_are_guessed_better_than_by_chance() -> None:
 
 
 def test_recall_on_the_demo(demo: FlashMoEModel) -> None:
-    forecasters = find_forecasters(demo.model, read_config(demo.store.path))
+    predictors = find_predictors(demo.model, read_config(demo.store.path))
     layers = {p: m for p, m in demo.model.named_modules() if isinstance(m, StreamedExperts)}
     paths = [layer.layout.path for layer in demo.store.manifest.layers]
     steps = observe(demo.model, {path: layers[path] for path in paths})
     for prompt in ("What is a barn?", "Define river.", "What is a violin?"):
         list(demo.session().stream(prompt, max_new_tokens=16))
-    assert len(forecasters) == 6
+    assert len(predictors) == 6
     # Chance is 1/16 and 1/8.
-    assert np.mean(recalls(forecasters, steps)) > 0.6
-    assert np.mean(recalls(forecasters, steps, 2)) > 0.75
-    assert min(recalls(forecasters, steps)) > 0.4
+    assert np.mean(recalls(predictors, steps)) > 0.6
+    assert np.mean(recalls(predictors, steps, 2)) > 0.75
+    assert min(recalls(predictors, steps)) > 0.4
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gemma4_text"])
 def test_one_layer_has_no_next(family: str) -> None:
     only = {"num_hidden_layers": 1, "mlp_only_layers": [], "layer_types": ["full_attention"]}
     config = {**FAMILIES[family], **only}
-    assert find_forecasters(build_model(config, seed=0), config) == (None,)
+    assert find_predictors(build_model(config, seed=0), config) == (None,)
 
 
 def test_quantized_router_and_bfloat16() -> None:
     model = build_model(FAMILIES["mixtral"], seed=0)
     nn.quantize(model, class_predicate=lambda path, _: path.endswith(".gate"))
     model.set_dtype(mx.bfloat16)
-    forecaster = find_forecasters(model, FAMILIES["mixtral"])[0]
-    assert forecaster is not None
-    assert isinstance(forecaster.router, nn.QuantizedLinear)
+    predictor = find_predictors(model, FAMILIES["mixtral"])[0]
+    assert predictor is not None
+    assert isinstance(predictor.router, nn.QuantizedLinear)
     x = mx.random.normal((1, 1, 64)).astype(mx.bfloat16)
-    guess = forecaster(x)
-    assert (guess.dtype, guess.shape) == (mx.int32, (2,))
-    rescaled = (x[0].astype(mx.float32) * forecaster.scale).astype(mx.bfloat16)
-    logits = forecaster.router(rescaled)[0].astype(mx.float32)
-    assert guess.tolist() == mx.argsort(-logits)[:2].tolist()
-    assert forecaster(x, 4).tolist()[:2] == guess.tolist()
+    predicted = predictor(x)
+    assert (predicted.dtype, predicted.shape) == (mx.int32, (2,))
+    rescaled = (x[0].astype(mx.float32) * predictor.scale).astype(mx.bfloat16)
+    logits = predictor.router(rescaled)[0].astype(mx.float32)
+    assert predicted.tolist() == mx.argsort(-logits)[:2].tolist()
+    assert predictor(x, 4).tolist()[:2] == predicted.tolist()
 
 
 def test_groups_are_found() -> None:
@@ -153,13 +153,13 @@ def test_groups_are_found() -> None:
 
 
 @compiled
-def test_native_router_guesses_the_same() -> None:
+def test_native_router_predictions_the_same() -> None:
     config = {**FAMILIES["qwen3_moe"], "hidden_size": 512, "num_experts": LEAST_WEIGHTS // 512}
     model = build_model(config, seed=0)
     x = mx.random.normal((1, 1, 512))
-    stock = find_forecasters(model, config)[0]
+    stock = find_predictors(model, config)[0]
     use_native_linears(model)
-    native = find_forecasters(model, config)[0]
+    native = find_predictors(model, config)[0]
     assert stock is not None
     assert native is not None
     assert isinstance(native.router, NativeLinear)

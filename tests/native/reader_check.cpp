@@ -107,7 +107,7 @@ void batches(fm_reader* reader, int fd, uint64_t seed, int32_t lane) {
     for (const Target& target : targets) reads.push_back(target.read(fd));
     fm_ticket* tickets[2];
     const auto half = int64_t(reads.size() / 2), rest = int64_t(reads.size()) - half;
-    expect(!fm_reader_submit(reader, reads.data(), half, FM_FORECAST, lane, &tickets[0]), "submit");
+    expect(!fm_reader_submit(reader, reads.data(), half, FM_PREFETCH, lane, &tickets[0]), "submit");
     // Now and then the other way round: a lane without room may not keep others waiting.
     const int32_t other = round % 3 ? lane : 0;
     expect(!fm_reader_submit(reader, reads.data() + half, rest, FM_DEMAND, other, &tickets[1]),
@@ -167,7 +167,7 @@ void closing(int fd) {
   for (const Target& target : targets) {
     const fm_read read = target.read(fd);
     tickets.emplace_back();
-    expect(!fm_reader_submit(reader, &read, 1, FM_FORECAST, 0, &tickets.back()), "submit");
+    expect(!fm_reader_submit(reader, &read, 1, FM_PREFETCH, 0, &tickets.back()), "submit");
   }
   fm_reader_close(reader);
   for (size_t i = 0; i < targets.size(); ++i) {

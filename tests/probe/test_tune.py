@@ -14,13 +14,13 @@ import pytest
 from flashmoe.base.errors import OptionError, StoreError
 from flashmoe.bench.tune_model import tune_model
 from flashmoe.engine.model_cache import cache_folder
-from flashmoe.engine.tuning import TuningFile
 from flashmoe.io.files import uncached_problem
 from flashmoe.io.select import ReadSettings
 from flashmoe.probe import read_tuning
-from flashmoe.probe.read_tuning import decode_pattern, settings_for, sweep_pattern
+from flashmoe.probe.read_tuning import decode_pattern, prefill_pattern, settings_for
 from flashmoe.probe.record_files import ordered_batches, record_files
 from flashmoe.probe.tune import tune
+from flashmoe.probe.tuning import TuningFile
 from flashmoe.store.reader import open_store
 from tests.support.commands import FLASHMOE, Run, assert_one_line
 
@@ -38,12 +38,12 @@ class TestPatterns:
                 steps = {b - a for a, b in pairwise(offsets)}
                 assert steps <= {files.record.stride}
 
-    def test_what_decode_and_sweeps_ask_for(self, demo_store):
+    def test_what_decode_and_prefills_ask_for(self, demo_store):
         store = open_store(demo_store)
         files = record_files(store)
-        decode, sweep = decode_pattern(store, files), sweep_pattern(files)
+        decode, prefill = decode_pattern(store, files), prefill_pattern(files)
         assert (decode.batch, decode.in_order, decode.apart) == (1, False, False)
-        assert (sweep.batch, sweep.in_order, sweep.apart) == (16, True, False)
+        assert (prefill.batch, prefill.in_order, prefill.apart) == (16, True, False)
 
     @pytest.mark.parametrize("record_bytes", [16 * 1024, 300_000, 7 * 2**20, 3 * 2**30])
     @pytest.mark.parametrize("page_cache", [True, False])
@@ -68,7 +68,7 @@ class TestReads:
         modes = {row.page_cache for row in found.rows}
         assert modes == ({True} if found.uncached is None else {True, False})
         for mode in modes:
-            for pattern in ("decode", "sweep"):
+            for pattern in ("decode", "prefill"):
                 rows = [r for r in found.rows if (r.page_cache, r.pattern) == (mode, pattern)]
                 assert [row.is_default for row in rows] == [True] + [False] * (len(rows) - 1)
                 assert sum(row.is_chosen for row in rows) == 1
@@ -105,8 +105,8 @@ class TestReads:
         monkeypatch.setattr(read_tuning, "read_for", measure)
         found = read_tuning.tune_reads(open_store(demo_store), 0.5)
         assert found.cached.decode.depth.threads == 16
-        assert found.cached.sweep.depth.threads == 4
-        assert found.rate(True, "decode") == found.rate(True, "sweep") == 2e9
+        assert found.cached.prefill.depth.threads == 4
+        assert found.rate(True, "decode") == found.rate(True, "prefill") == 2e9
 
 
 class TestModel:
@@ -151,7 +151,7 @@ def test_the_command_keeps_its_choice(run_cli: Run, demo_store):
     )
     assert stored.bytes_per_second > 0
     shown = run_cli("tune", demo_store, "--show").out
-    for part in ("decode, cached", "sweep, cached", "bank", "expected", "GB/s", stored.when):
+    for part in ("decode, cached", "prefill, cached", "bank", "expected", "GB/s", stored.when):
         assert part in shown
     assert stored.when in run_cli("inspect", demo_store).out
     assert run_cli("inspect", demo_store, "--json").json()["tuned"] == found["tuning"]

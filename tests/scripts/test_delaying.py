@@ -61,22 +61,22 @@ def test_it_is_as_slow_as_it_is_told_to_be(
     assert time.perf_counter() - started >= 0.12
 
 
-def test_demand_comes_first_and_puts_a_forecast_off(
+def test_demand_comes_first_and_puts_a_prefetch_off(
     made: Callable[..., DelayingReader], requests: Requests
 ) -> None:
     reader = made(bytes_per_second=5_000)
-    forecasts = [reader.submit([request], Priority.FORECAST) for request in requests[:3]]
-    while not reader.begun[Priority.FORECAST]:
+    prefetches = [reader.submit([request], Priority.PREFETCH) for request in requests[:3]]
+    while not reader.begun[Priority.PREFETCH]:
         time.sleep(0.001)
     demand = reader.submit(requests[3:5])
-    assert reader.wait_any([*forecasts, demand]) == 3
-    assert not forecasts[0].done()
-    assert reader.begun == {Priority.FORECAST: 1, Priority.DEMAND: 2}
-    assert [ticket.cancel() for ticket in forecasts] == [0, 1, 1]
-    assert reader.cancelled == {Priority.FORECAST: 2}
-    forecasts[0].wait()
+    assert reader.wait_any([*prefetches, demand]) == 3
+    assert not prefetches[0].done()
+    assert reader.begun == {Priority.PREFETCH: 1, Priority.DEMAND: 2}
+    assert [ticket.cancel() for ticket in prefetches] == [0, 1, 1]
+    assert reader.cancelled == {Priority.PREFETCH: 2}
+    prefetches[0].wait()
     with pytest.raises(ReadCancelled):
-        forecasts[1].wait()
+        prefetches[1].wait()
     assert [whole(request) for request in requests[:5]] == [True, False, False, True, True]
 
 

@@ -29,7 +29,7 @@ CHOSEN = ["qwen3_moe", "gpt_oss", "nemotron_h", "deepseek_v3"]
 
 
 def decoded(store: Store, kernel: str, cache: str = "min") -> tuple[list[Any], Any]:
-    with FlashMoEModel(store, cache=cache, kernel=kernel, forecast=False) as model:
+    with FlashMoEModel(store, cache=cache, kernel=kernel, prefetch=False) as model:
         caches = make_prompt_cache(model.model)
         outputs = [np.array(model.model(mx.array([PROMPT]), cache=caches))]
         for token in (5, 90, 41, 7, 63):
@@ -47,9 +47,9 @@ def assert_overlap_changes_nothing(
     calls = []
     overlapped = experts.StreamedExperts._run_overlapped
 
-    def counted(self: Any, x: mx.array, routed: Any, guess: None) -> mx.array:
+    def counted(self: Any, x: mx.array, routed: Any, predicted: None) -> mx.array:
         calls.append(routed)
-        return overlapped(self, x, routed, guess)
+        return overlapped(self, x, routed, predicted)
 
     monkeypatch.setattr(experts, "APART_BYTES", 0)
     monkeypatch.setattr(experts.StreamedExperts, "_run_overlapped", counted)

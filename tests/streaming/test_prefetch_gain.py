@@ -31,7 +31,7 @@ ATTENTION_SECONDS, EXPERTS_SECONDS = 0.008, 0.004
 N_LAYERS = 8
 SLOTS = 6
 PROMPT, TOKENS = 64, 2 * WINDOW + 1
-Guesses = Callable[[int, int], list[int]]
+Predictions = Callable[[int, int], list[int]]
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,11 @@ class Runs:
         self._store = store
         self._slots, self._prompt, self._tokens = slots, prompt, tokens
         # Whether a warm start reads every expert that there is room for.
-        self.preloads = False
+        self.warm_starting = False
         self._patch = patch
         self.record_bytes = store.manifest.layers[0].layout.record.stride
         self.routed: list[list[list[int]]] = [[] for _ in range(N_LAYERS)]
-        with self._model(forecast=False) as model:
+        with self._model(prefetch=False) as model:
 
             def note(layer: int, experts: Any) -> None:
                 if experts.size == TOP_K:
@@ -67,9 +67,9 @@ class Runs:
             stats = self._decode(model)
         self.missed_bytes = stats.bytes_read / tokens
 
-    def trial(self, guesses: Guesses, slowness: float) -> tuple[Trial, Stats]:
+    def trial(self, predictions: Predictions, slowness: float) -> tuple[Trial, Stats]:
         """A run behind a disk that reads for `slowness` times as long as layers compute, with
-        `guesses(layer, token)` about the next layer."""
+        `predictions(layer, token)` about the next layer."""
         time = Time()
         computing = N_LAYERS * (ATTENTION_SECONDS + EXPERTS_SECONDS)
         rate = self.missed_bytes / (slowness * computing)
@@ -99,27 +99,27 @@ class Runs:
                 time.now += ATTENTION_SECONDS
                 seen[layer] += 1
 
-        def guess(layer: int) -> Any:
-            return lambda x: mx.array(guesses(layer, seen[layer]))
+        def predict(layer: int) -> Any:
+            return lambda x: mx.array(predictions(layer, seen[layer]))
 
         self._patch.setattr(api, "open_reader", open_slow)
         self._patch.setattr(api, "select_kernel", slow_kernel)
         self._patch.setattr(
-            api, "find_forecasters", lambda *_: [*map(guess, range(N_LAYERS - 1)), None]
+            api, "find_predictors", lambda *_: [*map(predict, range(N_LAYERS - 1)), None]
         )
         self._patch.setattr(load, "Trial", lambda **options: Trial(lambda: time.now, **options))
-        with self._model(forecast=True) as model:
+        with self._model(prefetch=True) as model:
             model.observe_routing(attend)
             stats = self._decode(model)
             assert model._streaming is not None
-            foresight = model._streaming.layers[0].foresight
-            assert foresight is not None
-            return foresight._trial, stats
+            prefetcher = model._streaming.layers[0].prefetcher
+            assert prefetcher is not None
+            return prefetcher._trial, stats
 
-    def _model(self, *, forecast: bool) -> FlashMoEModel:
+    def _model(self, *, prefetch: bool) -> FlashMoEModel:
         layouts = [layer.layout for layer in self._store.manifest.layers]
         slot_bytes = sum(demand.slot_bytes for demand in layer_demands(layouts, widen=False))
-        return FlashMoEModel(self._store, cache=self._slots * slot_bytes, forecast=forecast)
+        return FlashMoEModel(self._store, cache=self._slots * slot_bytes, prefetch=prefetch)
 
     def _decode(self, model: FlashMoEModel) -> Stats:
         """After a prompt, if there is one; what the tokens took."""
@@ -127,9 +127,9 @@ class Runs:
         state = TokenState(model.model, model.live_stats, 64)
         if self._prompt:
             state.feed(ids[: self._prompt])
-        if self.preloads:
+        if self.warm_starting:
             assert model._streaming is not None
-            model._streaming.preload([list(range(N_EXPERTS))] * N_LAYERS)
+            model._streaming.warm_start([list(range(N_EXPERTS))] * N_LAYERS)
         before = model.stats()
         for token in ids[PROMPT:]:
             state.feed([token])
@@ -147,20 +147,22 @@ def test_it_gains_a_tenth_where_the_disk_is_slow(runs: Runs, slowness: float) ->
     medians = {way: float(np.median(times)) for way, times in trial._times.items()}
     assert trial.on
     assert medians[False] / medians[True] - 1 >= 0.10, medians
-    assert stats.forecast_precision == 1.0
-    # What is guessed is read once, like what is missed.
-    needed = (stats.guessed_right + stats.unguessed) * runs.record_bytes
+    assert stats.prefetch_precision == 1.0
+    # What is prefetched is read once, like what is missed.
+    needed = (stats.prefetched_used + stats.not_prefetched) * runs.record_bytes
     assert stats.bytes_read <= 1.02 * needed
 
 
 @pytest.mark.parametrize("slowness", [2.0, 0.1])
-def test_guesses_that_are_never_right_cost_two_percent_at_most(runs: Runs, slowness: float) -> None:
+def test_predictions_that_are_never_right_cost_two_percent_at_most(
+    runs: Runs, slowness: float
+) -> None:
     def wrong(layer: int, token: int) -> list[int]:
         right = runs.routed[layer + 1][token]
         return [expert for expert in range(N_EXPERTS) if expert not in right][:TOP_K]
 
     trial, stats = runs.trial(wrong, slowness)
-    assert stats.guessed > 0
+    assert stats.prefetched > 0
     # Over the tokens that take turns, and those that the better way is kept for.
     slow, fast = sum(trial._times[True]), sum(trial._times[False])
     assert len(trial._times[True]) == len(trial._times[False]) == WINDOW
@@ -172,14 +174,14 @@ def test_guesses_that_are_never_right_cost_two_percent_at_most(runs: Runs, slown
 def test_a_warm_start_has_no_say_in_it(
     store: Store, monkeypatch: pytest.MonkeyPatch, waits: bool, verdict: bool
 ) -> None:
-    """Records on their way from a warm start leave guesses no room, so that with and without
+    """Records on their way from a warm start leave predictions no room, so that with and without
     them is the same but for the order of tokens; a trial that does not wait takes that for
-    guesses that do not pay."""
+    predictions that do not pay."""
     runs = Runs(store, monkeypatch, slots=7, prompt=0, tokens=45)
-    runs.preloads = True
+    runs.warm_starting = True
     if not waits:
-        monkeypatch.setattr(load.StreamingModel, "_preloads", lambda self: False)
+        monkeypatch.setattr(load.StreamingModel, "_warm_starting", lambda self: False)
     trial, stats = runs.trial(lambda layer, token: runs.routed[layer + 1][token], 1.0)
-    assert stats.preloaded > N_LAYERS
+    assert stats.warm_started > N_LAYERS
     assert [len(times) for times in trial._times.values()] == [WINDOW] * 2
     assert trial.on is verdict

@@ -9,14 +9,14 @@ from flashmoe.streaming.prefetcher import Trial, Width
 def test_width_follows_precision() -> None:
     width = Width(4)
     assert width.next(0, 0) == 4
-    guessed = right = 0
+    prefetched = right = 0
     found = []
     for precision in (0.9, 0.3, 0.3, 0.5, 0.9, 0.1, 0.1, 0.1):
-        guessed += 20
+        prefetched += 20
         right += round(20 * precision)
-        found.append(width.next(guessed, right))
+        found.append(width.next(prefetched, right))
     assert found == [4, 3, 2, 2, 3, 2, 1, 0]
-    rested = [width.next(guessed, right) for _ in range(prefetcher.REST)]
+    rested = [width.next(prefetched, right) for _ in range(prefetcher.REST)]
     assert rested == [0] * (prefetcher.REST - 1) + [1]
 
 

@@ -83,7 +83,7 @@ def assert_holds(bank, experts, *, widen=False):
 
 
 class Slow(MemoryReader):
-    """Forecast batches end when the test lets them, and can be cancelled until they begin."""
+    """Prefetch batches end when the test lets them, and can be cancelled until they begin."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -38,7 +38,7 @@ class Job:
 class DelayingReader(Reader):
     """Serves one request at a time at `bytes_per_second`, whatever `inner` could do.
 
-    Demanded requests come first: one that is submitted while a forecast is served puts that off.
+    Demanded requests come first: one that is submitted while a prefetch is served puts that off.
     A request that was served ends after one of `delays`, drawn for each, so that requests end in
     another order than they were begun in. `fault_chance` of them fail with EIO, and
     `interrupt_chance` of waits are interrupted by a KeyboardInterrupt.

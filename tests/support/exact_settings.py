@@ -32,7 +32,7 @@ from flashmoe.memory.budget import layer_demands
 from flashmoe.model import predictor
 from flashmoe.store.reader import Store
 from flashmoe.streaming.experts import StreamedExperts
-from flashmoe.streaming.prefill import Sweep
+from flashmoe.streaming.prefill import ExpertPrefill
 from tests.support.delaying import DelayingReader
 from tests.support.wide import N_EXPERTS, TOP_K, WIDE, wide_store
 
@@ -58,7 +58,7 @@ class Setting:
     resized: int
     staging: int
     policy: str
-    forecast: bool
+    prefetch: bool
     chunk: int
     reader: str
     page_cache: bool
@@ -76,7 +76,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "resized": (0, 0, TOP_K, 2 * TOP_K, N_EXPERTS),
     "staging": (0, 2, 5, N_EXPERTS),
     "policy": POLICY_NAMES,
-    "forecast": (True, True, False),
+    "prefetch": (True, True, False),
     "chunk": (2, 5, 16, 64),
     "reader": tuple(INNER),
     "page_cache": (True, False),
@@ -140,9 +140,9 @@ class Trials:
             original = getattr(owner, name)
             replaced = getattr(self, f"_{name}")
             self._patch(owner, name, lambda *a, o=original, r=replaced, **k: r(o, *a, **k))
-        self._patch(predictor, "find_sites", self._remembered(predictor.find_sites))
+        self._patch(predictor, "find_sites", self._warm_start_file(predictor.find_sites))
         ways = {
-            Sweep: ("__call__",),
+            ExpertPrefill: ("__call__",),
             LayerBank: ("_evict", "adopt", "resize"),
             StreamedExperts: ("_run_overlapped", "_run_grouped"),
         }
@@ -159,7 +159,7 @@ class Trials:
     def expected(self, setting: Setting) -> list[bytes]:
         """What a full bank says that nothing is read ahead for, with the default reader."""
         key = replace(
-            setting, slots=N_EXPERTS, resized=0, staging=N_EXPERTS, policy="lru", forecast=False,
+            setting, slots=N_EXPERTS, resized=0, staging=N_EXPERTS, policy="lru", prefetch=False,
             reader="", page_cache=True, bytes_per_second=0, late=False
         )  # fmt: skip
         if key not in self._expected:
@@ -168,7 +168,7 @@ class Trials:
                 self._asked.setting = None
                 store = self.store(setting.family)
                 with self.building:
-                    plain = FlashMoEModel(store, cache="1GB", kernel=setting.kernel, forecast=False)
+                    plain = FlashMoEModel(store, cache="1GB", kernel=setting.kernel, prefetch=False)
                 self._plain[setting.family, setting.kernel] = plain
             self._expected[key] = list(logits(plain, key))
         return self._expected[key]
@@ -186,7 +186,7 @@ class Trials:
                 cache=setting.slots * slot_bytes,
                 kernel=setting.kernel,
                 policy=setting.policy,
-                forecast=setting.forecast,
+                prefetch=setting.prefetch,
             )
         with made as model:
             assert set(model.memory_plan.slots) == {setting.slots}
@@ -195,11 +195,11 @@ class Trials:
             finally:
                 reader = model._reader
                 if isinstance(reader, DelayingReader):
-                    self.hits["forecasts cancelled"] += reader.cancelled[Priority.FORECAST]
-                    self.hits["forecasts begun"] += reader.begun[Priority.FORECAST]
+                    self.hits["prefetches cancelled"] += reader.cancelled[Priority.PREFETCH]
+                    self.hits["prefetches begun"] += reader.begun[Priority.PREFETCH]
                 stats = model.stats()
-                self.hits["guesses"] += stats.guessed
-                self.hits["right guesses"] += stats.guessed_right
+                self.hits["predictions"] += stats.prefetched
+                self.hits["right predictions"] += stats.prefetched_used
                 self.hits["bytes wasted"] += stats.bytes_wasted
 
     @staticmethod
@@ -256,7 +256,7 @@ class Trials:
         return call
 
     @staticmethod
-    def _remembered(find_sites: Any) -> Any:
+    def _warm_start_file(find_sites: Any) -> Any:
         """Sites are the same for every model of a config, and take a while to find."""
         found: dict[str, Any] = {}
 

@@ -70,7 +70,7 @@ def made_report() -> DecodeReport:
 def made_ladder() -> LadderReport:
     figures = made_figures()
     rungs = tuple(
-        Rung(x.name, x.parts, x.forecast, x.tuned, 10**9, 10**9, "cpu", False, figures, 4.0, 1.0)
+        Rung(x.name, x.parts, x.prefetch, x.tuned, 10**9, 10**9, "cpu", False, figures, 4.0, 1.0)
         for x in STEPS
     )
     return LadderReport("a.flashmoe", 4 * 10**9, "2GB", 4, 128, 10**9, DISK, (), rungs, 3.2, True)

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe.checkpoint.architecture import replace_modules
-from flashmoe.model.predictor import Forecaster
+from flashmoe.model.predictor import Predictor
 
-# The families whose experts cannot be forecast, and why.
+# The families whose experts cannot be prefetch, and why.
 WITHOUT = {
     "gemma4": "the router is beside the experts' block and has a norm of its own",
     "gemma4_text": "the router is beside the experts' block and has a norm of its own",
@@ -50,19 +50,19 @@ def observe(model: nn.Module, experts: dict[str, nn.Module]) -> list[list[Step]]
 
 
 def recalls(
-    forecasters: Sequence[Forecaster | None], steps: list[list[Step]], times: int = 1
+    predictors: Sequence[Predictor | None], steps: list[list[Step]], times: int = 1
 ) -> list[float]:
-    """Per pair of layers with a forecaster, the share of the routed experts that are among the
-    `times` as many guessed ones."""
+    """Per pair of layers with a predictor, the share of the routed experts that are among the
+    `times` as many prefetched ones."""
     return [
         float(
             np.mean(
                 [
-                    np.isin(after, np.array(forecaster(x, times * forecaster.top_k))).mean()
+                    np.isin(after, np.array(predictor(x, times * predictor.top_k))).mean()
                     for (x, _), (_, after) in zip(here, then, strict=True)
                 ]
             )
         )
-        for forecaster, here, then in zip(forecasters, steps, [*steps[1:], []], strict=True)
-        if forecaster is not None
+        for predictor, here, then in zip(predictors, steps, [*steps[1:], []], strict=True)
+        if predictor is not None
     ]

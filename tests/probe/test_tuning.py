@@ -7,15 +7,15 @@ import pytest
 
 from flashmoe.base import machine
 from flashmoe.base.errors import OptionError
-from flashmoe.engine.tuning import BankChoice, Choice, Reads, Tuning, TuningFile
 from flashmoe.io.depth import Depth
 from flashmoe.io.select import ReadSettings
+from flashmoe.probe.tuning import BankChoice, Choice, Reads, Tuning, TuningFile
 from tests.support.disk import no_space
 
 ODD = Choice(
     cached=Reads(ReadSettings("mmap", Depth(3, 4096)), ReadSettings("pread", Depth(16))),
     uncached=Reads(ReadSettings("pread", Depth(1, 2**20)), ReadSettings("auto", Depth(32, 5000))),
-    bank=BankChoice(bank_bytes=10**9, bank_share=0.5, page_cache=False, forecast=False),
+    bank=BankChoice(bank_bytes=10**9, bank_share=0.5, page_cache=False, prefetch=False),
 )
 TUNINGS = [
     Tuning(ODD, 1.5e9, 7.25, "2026-01-02T03:04:05+00:00"),
@@ -93,13 +93,13 @@ def test_damage_counts_as_absent(file, content):
         ("tuning.choice.cached.decode.depth.threads", 10**6),
         ("tuning.choice.cached.decode.depth.threads", 2.5),
         ("tuning.choice.cached.decode.depth.piece_bytes", 1),
-        ("tuning.choice.cached.sweep.depth", [8, None]),
-        ("tuning.choice.uncached.sweep.reader", "mmap"),
+        ("tuning.choice.cached.prefill.depth", [8, None]),
+        ("tuning.choice.uncached.prefill.reader", "mmap"),
         ("tuning.choice.bank.bank_share", 1.5),
         ("tuning.choice.bank.bank_share", 0),
         ("tuning.choice.bank.bank_bytes", -1),
         ("tuning.choice.bank.page_cache", None),
-        ("tuning.choice.bank.forecast", 1),
+        ("tuning.choice.bank.prefetch", 1),
     ],
 )
 def test_what_is_not_understood_counts_as_absent(file, place, value):
@@ -141,7 +141,7 @@ def test_a_full_disk_leaves_what_was_there(file, monkeypatch):
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.01, float("nan")])
 def test_shares_out_of_range(share):
     with pytest.raises(OptionError, match="share"):
-        BankChoice(10**9, share, page_cache=True, forecast=True)
+        BankChoice(10**9, share, page_cache=True, prefetch=True)
 
 
 def test_past_the_page_cache_is_not_for_memory_maps():
@@ -150,7 +150,7 @@ def test_past_the_page_cache_is_not_for_memory_maps():
 
 
 def test_for_which_banks_a_choice_holds():
-    bank = BankChoice(1000, 0.5, page_cache=True, forecast=True)
+    bank = BankChoice(1000, 0.5, page_cache=True, prefetch=True)
     assert [size for size in (799, 800, 1000, 1250, 1251) if bank.holds_for(size)] == [
         800,
         1000,

@@ -34,10 +34,10 @@ SIMILAR = 1.25
 
 @dataclass(frozen=True)
 class Reads:
-    """How records are read: `decode` the few that a token misses, `sweep` a prompt's many."""
+    """How records are read: `decode` the few that a token misses, `prefill` a prompt's many."""
 
     decode: ReadSettings = field(default_factory=ReadSettings)
-    sweep: ReadSettings = field(default_factory=ReadSettings)
+    prefill: ReadSettings = field(default_factory=ReadSettings)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class BankChoice:
     bank_bytes: int
     bank_share: float
     page_cache: bool
-    forecast: bool
+    prefetch: bool
 
     def __post_init__(self) -> None:
         if not 0 < self.bank_share <= 1:
@@ -76,7 +76,7 @@ class Choice:
     bank: BankChoice | None = None
 
     def __post_init__(self) -> None:
-        for settings in (self.uncached.decode, self.uncached.sweep):
+        for settings in (self.uncached.decode, self.uncached.prefill):
             resolve_reader(settings.reader, page_cache=False)
 
     def reads(self, page_cache: bool) -> Reads:
@@ -167,8 +167,8 @@ def _tuning(document: Any) -> Tuning:
 
 
 def _reads(document: Any) -> Reads:
-    fields = _Fields(document, "decode", "sweep")
-    return Reads(_settings(fields["decode"]), _settings(fields["sweep"]))
+    fields = _Fields(document, "decode", "prefill")
+    return Reads(_settings(fields["decode"]), _settings(fields["prefill"]))
 
 
 def _settings(document: Any) -> ReadSettings:
@@ -181,12 +181,12 @@ def _settings(document: Any) -> ReadSettings:
 
 
 def _bank(document: Any) -> BankChoice:
-    fields = _Fields(document, "bank_bytes", "bank_share", "page_cache", "forecast")
+    fields = _Fields(document, "bank_bytes", "bank_share", "page_cache", "prefetch")
     return BankChoice(
         bank_bytes=_count(fields["bank_bytes"]),
         bank_share=_number(fields["bank_share"]),
         page_cache=_typed(bool, fields["page_cache"]),
-        forecast=_typed(bool, fields["forecast"]),
+        prefetch=_typed(bool, fields["prefetch"]),
     )
 
 
