@@ -187,17 +187,6 @@ class LayerBank(SlotTable):
         """Whether records are being warm_started."""
         return len(self._warm_start) > 0
 
-    def read_with(self, reader: Reader) -> None:
-        """Read with another reader from now on, the one of before being at rest. Not while
-        experts are requested."""
-        self._check_open()
-        self.pause_warm_start(())
-        self._take_in(*self._prefetch.finish())
-        self._reader = reader
-        self._prefetch = PrefetchReads(reader)
-        self._warm_start.read_with(reader)
-        self.resume_warm_start()
-
     def by_value(self) -> list[int]:
         """The experts that are in a slot, those that would be evicted last first."""
         self._harvest()

@@ -43,10 +43,6 @@ class WarmStart:
         """The experts that `pause` gave up, the most valuable first."""
         return sorted(self._paused, key=self._rank.__getitem__)
 
-    def read_with(self, reader: Reader) -> None:
-        """Read with another reader from now on. Not while records are on their way."""
-        self._reads = PrefetchReads(reader, Priority.WARM_START)
-
     def rank(self, experts: Sequence[int]) -> None:
         """Say which experts may be warm_started, the most valuable first."""
         self._rank = {expert: rank for rank, expert in enumerate(experts)}

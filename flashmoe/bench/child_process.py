@@ -11,23 +11,20 @@ import contextlib
 import importlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from flashmoe.base.errors import FlashMoEError, OptionError
 from flashmoe.bench.cgroup import memory_cgroup
 
-# Between two looks at the child, and two of its reports of progress.
-SLICE_SECONDS = 0.1
+# Between two reports of progress.
 SAY_SECONDS = 0.5
-PIPE_BYTES = 65536
 
 Share = Callable[[float], None]
 
@@ -37,19 +34,15 @@ def run_apart(
     argument: Any,
     *,
     cgroup_bytes: int | None = None,
-    limit_seconds: float | None = None,
     progress: Share = lambda share: None,
-    tick: Callable[[], None] = lambda: None,
 ) -> Any:
     """What `function(argument, progress)` returns in a fresh process, argument and result being
     JSON, and the function one of a module's.
 
     The process is in a memory cgroup of `cgroup_bytes` if there is one. `progress` is told which
-    share is done, `tick` is called again and again. Raises OptionError or FlashMoEError with what
-    the child says, FlashMoEError when it ends in another way or not within `limit_seconds`, and
-    CgroupError; the child does not outlive the call.
+    share is done. Raises OptionError or FlashMoEError with what the child says, FlashMoEError
+    when it ends in another way, and CgroupError; the child does not outlive the call.
     """
-    ends = None if limit_seconds is None else time.monotonic() + limit_seconds
     with contextlib.ExitStack() as stack:
         entrance = None
         if cgroup_bytes is not None:
@@ -72,7 +65,8 @@ def run_apart(
         }
         with contextlib.suppress(BrokenPipeError), child.stdin as pipe:
             pipe.write(json.dumps(task).encode())
-        for line in _lines(child, ends, tick):
+        assert child.stdout is not None
+        for line in child.stdout:
             message = json.loads(line)
             if "share" in message:
                 progress(message["share"])
@@ -82,24 +76,6 @@ def run_apart(
             else:
                 return message["result"]
         raise FlashMoEError(_why(child.wait(), said, cgroup_bytes))
-
-
-def _lines(
-    child: subprocess.Popen[bytes], ends: float | None, tick: Callable[[], None]
-) -> Iterator[bytes]:
-    assert child.stdout is not None
-    pipe = child.stdout.fileno()
-    held = b""
-    while True:
-        tick()
-        if select.select([pipe], [], [], SLICE_SECONDS)[0]:
-            content = os.read(pipe, PIPE_BYTES)
-            if not content:
-                return
-            *lines, held = (held + content).split(b"\n")
-            yield from lines
-        elif ends is not None and time.monotonic() > ends:
-            raise FlashMoEError("the measured process did not end in the time there is for it")
 
 
 def _why(code: int, said: IO[str], cgroup_bytes: int | None) -> str:

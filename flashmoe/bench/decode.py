@@ -19,7 +19,6 @@ from flashmoe.engine.options import Options
 from flashmoe.generation.session import Sampling
 from flashmoe.probe.record_files import cached_share, evict
 from flashmoe.store.reader import Store, open_store
-from flashmoe.streaming.parts import ALL_PARTS
 
 COLD, WARM = "cold", "warm"
 
@@ -105,7 +104,7 @@ def bench_decode(
     total = 1000 * len(sizes)
     progress(0, total)
     disk = Disk(store)
-    notes = page_cache_notes(store)
+    notes = _page_cache_notes(store)
     runs: list[PointRun] = []
     with tempfile.TemporaryDirectory(prefix="flashmoe-") as scratch:
         trace = Path(scratch, "routing.trace")
@@ -113,7 +112,7 @@ def bench_decode(
             point = point_of(store, options, asked, (COLD, WARM))
             if record and number == 0:
                 point = replace(point, trace=str(trace))
-            evict(store_files(store))
+            evict(_store_files(store))
 
             def say(share: float, first: int = 1000 * number) -> None:
                 progress(first + round(1000 * share), total)
@@ -130,19 +129,18 @@ def bench_decode(
         max_tokens=asked.max_tokens,
         cgroup_bytes=asked.cgroup_bytes,
         disk=rate,
-        notes=(*disk.notes, *notes, *lossy_notes(runs)),
+        notes=(*disk.notes, *notes, *_lossy_notes(runs)),
         points=tuple(_point(options, run, rate) for options, run in zip(sizes, runs, strict=True)),
         hit_rates=hit_rates,
     )
 
 
 def point_of(store: Store, options: Options, asked: Asked, passes: tuple[str, ...]) -> Point:
-    """A point with every part of the engine on."""
+    """The point that answers what is asked."""
     return Point(
         store=str(store.path),
         # Cold is an empty bank, whatever ran before.
         options=asdict(replace(options, warm_start=False)),
-        parts=asdict(ALL_PARTS),
         prompts=asked.prompts,
         passes=passes,
         max_tokens=asked.max_tokens,
@@ -151,21 +149,21 @@ def point_of(store: Store, options: Options, asked: Asked, passes: tuple[str, ..
     )
 
 
-def store_files(store: Store) -> list[Path]:
+def _store_files(store: Store) -> list[Path]:
     """Every file of a store, as far as the page cache may hold it."""
     return [path for path in store.path.rglob("*") if path.is_file()]
 
 
-def page_cache_notes(store: Store) -> list[str]:
+def _page_cache_notes(store: Store) -> list[str]:
     """Empties the store out of the page cache; what there is to say about that."""
     files = [store.file(layer.layout.file) for layer in store.manifest.layers]
-    if not evict(store_files(store)):
+    if not evict(_store_files(store)):
         return ["the page cache cannot be emptied here without root: no point is cold to it"]
     left = cached_share(files)
     return [f"{left:.1%} of the records stayed in the page cache when it was emptied"] * (left > 0)
 
 
-def lossy_notes(runs: Sequence[PointRun]) -> list[str]:
+def _lossy_notes(runs: Sequence[PointRun]) -> list[str]:
     """That the answers are not the model's own, where options made them so."""
     return [f"LOSSY: {said}" for said in dict.fromkeys(said for run in runs for said in run.lossy)]
 

@@ -22,32 +22,26 @@ from flashmoe.generation.prompt import encode_prompt
 from flashmoe.generation.session import Sampling, Session
 from flashmoe.kernels.select import resolve_kernel
 from flashmoe.store.reader import open_store
-from flashmoe.streaming.parts import Parts
 
-# A pass that is over its seconds has decoded this many tokens all the same.
-LEAST_TOKENS = 8
 # How often a step past an answer's end is done again, after one time that does not count.
 REPEATS = 2
 
 
 @dataclass(frozen=True)
 class Point:
-    """What to run: a store with `options` (fields of `Options`) and `parts` (of `Parts`).
+    """What to run: a store with `options` (fields of `Options`).
 
     Each pass answers every prompt with up to `max_tokens` tokens, and goes round again until it
-    has decoded that many; one that takes longer than `most_seconds` ends early. With `trace`,
-    one more pass writes its routing to that file.
+    has decoded that many. With `trace`, one more pass writes its routing to that file.
     """
 
     store: str
     options: dict[str, Any]
-    parts: dict[str, bool]
     prompts: tuple[str, ...]
     passes: tuple[str, ...]
     max_tokens: int
     temperature: float = 0.0
     template: bool = True
-    most_seconds: float | None = None
     trace: str | None = None
 
 
@@ -120,7 +114,7 @@ def run_point(point: Point, progress: Progress = lambda share: None) -> PointRun
     Raises what loading and answering raise.
     """
     options = Options(**point.options)
-    with FlashMoEModel(open_store(point.store), options, parts=Parts(**point.parts)) as model:
+    with FlashMoEModel(open_store(point.store), options) as model:
         runner = _Runner(model, point, progress)
         passes = [runner.run(number) for number in range(len(point.passes))]
         if point.trace is not None:
@@ -161,20 +155,10 @@ class _Runner:
         """One pass. Raises FlashMoEError when no answer has two tokens."""
         point = self._point
         taken = Pass(point.passes[number])
-        started = time.perf_counter()
-        over = False
 
-        def said() -> bool:
-            """Report progress; whether the pass is to end."""
-            nonlocal over
+        def say() -> None:
             done = asked + len(taken.answers[-1]) / point.max_tokens
-            share = done / len(point.prompts)
-            if point.most_seconds is not None:
-                used = (time.perf_counter() - started) / point.most_seconds
-                share = max(share, used)
-                over = used >= 1 and len(taken.token_seconds) >= LEAST_TOKENS
-            self.say(number, share)
-            return over
+            self.say(number, done / len(point.prompts))
 
         asked = 0
         while asked < len(point.prompts) or len(taken.token_seconds) < point.max_tokens:
@@ -182,14 +166,12 @@ class _Runner:
                 raise FlashMoEError(
                     "no answer has a second token, so nothing is decoded: give other prompts"
                 )
-            self._answer(taken, asked, said)
-            if over:
-                break
+            self._answer(taken, asked, say)
             asked += 1
         return taken
 
-    def _answer(self, taken: Pass, asked: int, said: Callable[[], bool]) -> None:
-        """Answer one prompt, adding to `taken`; ends after a token when `said` says so."""
+    def _answer(self, taken: Pass, asked: int, say: Callable[[], None]) -> None:
+        """Answer one prompt, adding to `taken`; `say` is called after each token."""
         point = self._point
         number = asked % len(point.prompts)
         before = self._model.stats()
@@ -221,12 +203,10 @@ class _Runner:
             if piece.token is None:
                 break
             answer.append(piece.token)
-            if said():
-                break
+            say()
             last = time.perf_counter()
         taken.add(self._model.stats().since(before))
-        # Without routing, a step reads what it needs every time.
-        if len(answer) > 1 and point.parts["routed"]:
+        if len(answer) > 1:
             taken.computing_seconds += self._repeat(session, answer[-1])
 
     def _repeat(self, session: Session, token: int) -> Iterator[float]:

@@ -10,7 +10,6 @@ from typing import Any
 from flashmoe.base.errors import OptionError
 from flashmoe.base.units import format_size
 from flashmoe.bench.decode import DecodePoint, DecodeReport
-from flashmoe.bench.ladder import LadderReport
 from flashmoe.bench.pass_figures import PassFigures
 
 SUFFIXES = (".png", ".svg")
@@ -30,7 +29,10 @@ def check_plot(path: Path) -> None:
 
 def plot_decode(report: DecodeReport, path: Path) -> None:
     """Tokens per second against memory, time per token by phase, hit rate against bank size."""
-    figure, (speed, phases, hits) = _panels(3)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15.6, 4.2), layout="constrained")
+    speed, phases, hits = figure.subplots(1, 3)
     speed.set_title("decode speed")
     speed.set_xlabel("memory (GB)")
     speed.set_ylabel("tokens per second, p10 to p90")
@@ -64,40 +66,6 @@ def plot_decode(report: DecodeReport, path: Path) -> None:
         )
     hits.set_ylim(0, 1.05)
     hits.legend()
-    _save(figure, path)
-
-
-def plot_ladder(report: LadderReport, path: Path) -> None:
-    """Tokens per second and time per token by phase, rung by rung."""
-    figure, (speed, phases) = _panels(2)
-    speed.set_title("decode speed")
-    speed.set_ylabel("tokens per second, p10 to p90")
-    rates = [rung.figures.tokens_per_second for rung in report.rungs]
-    medians = [rate.median for rate in rates]
-    speed.bar(
-        [f"{rung.name}\n{rung.of_naive:.2f}x" for rung in report.rungs],
-        medians,
-        yerr=_errors([rung.figures for rung in report.rungs]),
-        color="#4c78a8",
-    )
-    _draw_phases(phases, [(rung.name, rung.figures) for rung in report.rungs])
-    # Whole layers take so long that the other bars would be lines.
-    times = [1000 * rung.figures.token_seconds for rung in report.rungs]
-    top = 1.5 * max(times[1:])
-    if times[0] > top:
-        phases.set_ylim(0, top)
-        phases.annotate(f"{times[0]:.0f} ms", (0, 0.96 * top), ha="center", color="white")
-    _save(figure, path)
-
-
-def _panels(count: int) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * count, 4.2), layout="constrained")
-    return figure, figure.subplots(1, count)
-
-
-def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 

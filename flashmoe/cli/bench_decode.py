@@ -1,4 +1,4 @@
-"""`flashmoe bench decode`: decode speed over memory sizes, or over parts of the engine."""
+"""`flashmoe bench decode`: decode speed over memory sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from flashmoe.cli import options
 if TYPE_CHECKING:
     from flashmoe.bench.decode import DecodeReport
     from flashmoe.bench.disk_rate import DiskRate
-    from flashmoe.bench.ladder import LadderReport
     from flashmoe.bench.pass_figures import PassFigures, Spread
 
 # What they are held against, for a disk that is the limit.
@@ -55,9 +54,6 @@ def decode(
     max_tokens: options.MaxTokens = 128,
     temp: options.Temperature = 0.0,
     no_template: options.NoTemplate = False,
-    ladder: Annotated[
-        bool, typer.Option("--ladder", help="Switch the engine's parts on one by one.")
-    ] = False,
     cgroup: Annotated[
         str | None,
         typer.Option(
@@ -78,13 +74,12 @@ def decode(
     """Decode speed over memory sizes, beside what disk and kernels alone would take.
 
     Every size is a fresh process that answers all prompts twice: cold, with an empty bank and
-    page cache, then warm. The ladder is cold. Example:
+    page cache, then warm. Example:
     flashmoe bench decode big.flashmoe --memory 2GB --memory 4GB --plot big.svg
     """
     from flashmoe.base.units import parse_size
     from flashmoe.bench.decode import Asked, bench_decode
-    from flashmoe.bench.ladder import bench_ladder
-    from flashmoe.bench.plots import check_plot, plot_decode, plot_ladder
+    from flashmoe.bench.plots import check_plot, plot_decode
     from flashmoe.bench.prompts import PROMPTS, read_prompts
     from flashmoe.cli.console import byte_progress, late_progress, print_dim, print_json
     from flashmoe.engine.model_cache import open_model
@@ -96,8 +91,6 @@ def decode(
     sizes = [Options(**{**base, "memory": size}) for size in memory or ()]
     sizes += [Options(**{**base, "cache": size}) for size in cache or ()]
     sizes = sizes or [Options(**base)]
-    if ladder and len(sizes) > 1:
-        raise typer.BadParameter("--ladder takes one --memory or one --cache")
     asked = Asked(
         prompts=PROMPTS if prompts is None else read_prompts(prompts),
         max_tokens=max_tokens,
@@ -108,25 +101,13 @@ def decode(
     with byte_progress("repacking", json) as repacked:
         store = open_model(model, progress=repacked)
     with late_progress("decoding", quiet=json) as progress:
-        if ladder:
-            rungs = bench_ladder(store.path, sizes[0], asked, progress=progress)
-        else:
-            points = bench_decode(
-                store.path, sizes, asked, record=plot is not None, progress=progress
-            )
-    report: LadderReport | DecodeReport = rungs if ladder else points
+        report = bench_decode(store.path, sizes, asked, record=plot is not None, progress=progress)
     if plot is not None:
-        if ladder:
-            plot_ladder(rungs, plot)
-        else:
-            plot_decode(points, plot)
+        plot_decode(report, plot)
     if json:
         print_json(asdict(report))
         return
-    if ladder:
-        _print_ladder(rungs)
-    else:
-        _print_points(points)
+    _print_points(report)
     print_dim(TARGETS)
     for note in report.notes:
         print_dim(f"note: {note}")
@@ -146,26 +127,7 @@ def _print_points(report: DecodeReport) -> None:
     _print_table(("--memory" if report.points[0].memory_bytes else "bank", "pass", *TIMES), times)
 
 
-def _print_ladder(report: LadderReport) -> None:
-    from flashmoe.cli.console import out
-
-    _print_head(report, report.rungs[0].kernel)
-    speeds, times = [], []
-    for rung in report.rungs:
-        sizes = [format_size(size) for size in (rung.peak_memory_bytes, rung.bank_bytes)]
-        ratios = [f"{rung.of_naive:.2f}", f"{rung.of_previous:.2f}"]
-        speeds.append([rung.name, *ratios, *sizes, *_speed_cells(rung.figures)])
-        times.append([rung.name, *_time_cells(rung.figures)])
-    _print_table(("rung", "x naive", "x before", "peak", "bank", *SPEEDS), speeds)
-    _print_table(("rung", *TIMES), times)
-    out.print(
-        f"{report.rungs[-1].of_naive:.2f} times naive, target {report.target:.1f}: "
-        f"{'reached' if report.reached else 'missed'}; every rung gave the same tokens",
-        markup=False,
-    )
-
-
-def _print_head(report: DecodeReport | LadderReport, kernel: str) -> None:
+def _print_head(report: DecodeReport, kernel: str) -> None:
     from flashmoe.cli.console import out
 
     disk: DiskRate = report.disk

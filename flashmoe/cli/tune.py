@@ -1,4 +1,4 @@
-"""`flashmoe tune`: measure what is fastest for a store on this machine, and keep it."""
+"""`flashmoe tune`: measure how a store is read fastest on this machine, and keep it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ SHOWN = 3
 
 def tune(
     store: options.StorePath,
-    memory: options.Memory = None,
     seconds: Annotated[
         float | None,
-        typer.Option(metavar="N", help="Seconds to take, about. Default: 50.", show_default=False),
+        typer.Option(metavar="N", help="Seconds to take, about. Default: 15.", show_default=False),
     ] = None,
     show: Annotated[
         bool, typer.Option("--show", help="Measure nothing; show what is stored.")
@@ -35,14 +34,12 @@ def tune(
     ] = False,
     json: options.Json = False,
 ) -> None:
-    """Measure what is fastest for a store on this machine, in under a minute, and keep it.
+    """Measure how a store is read fastest on this machine, in 15 seconds, and keep it.
 
-    First how to read: how many reads at once and how large, for decode and for prompts, through
-    the page cache and past it. Then, with the model running in --memory, whether the bank or the
-    page cache should have it, and whether reading ahead pays. Defaults are left only for what is
-    faster by more than the spread. From then on every command uses the choice for what its
-    options leave open (--no-tuned does not). Results never change. Run it again when the disk,
-    the memory you give or the machine change, while nothing else is running.
+    How many reads at once and how large, for decode and for prompts, through the page cache and
+    past it. Defaults are left only for what is faster by more than the spread. From then on every
+    command uses the choice for what its options leave open (--no-tuned does not). Results never
+    change. Run it again when the disk or the machine changes, while nothing else is running.
     """
     from flashmoe.cli.console import late_progress, out, print_dim, print_json
     from flashmoe.engine.model_cache import cache_folder
@@ -71,7 +68,6 @@ def tune(
     with late_progress("tuning, seconds", quiet=json) as progress:
         report = measure(
             store,
-            memory=memory,
             seconds=DEFAULT_SECONDS if seconds is None else seconds,
             progress=progress,
         )
@@ -101,21 +97,7 @@ def describe_choice(tuning: Tuning) -> list[tuple[str, str]]:
         for mode, reads in (("cached", choice.cached), ("uncached", choice.uncached))
         for pattern, settings in (("decode", reads.decode), ("prefill", reads.prefill))
     ]
-    bank = choice.bank
-    if bank is None:
-        rows.append(("bank", "all that memory allows; page cache and prefetch as by default"))
-    else:
-        rows.append(
-            (
-                "bank",
-                f"{bank.bank_share:.0%} of what memory allows, where that is about "
-                f"{format_size(bank.bank_bytes)}; {_page_cache(bank.page_cache)}; "
-                f"{'prefetch' if bank.prefetch else 'no prefetch'}",
-            )
-        )
     speed = f"{tuning.bytes_per_second / 1e9:.2f} GB/s from the disk in decode's pattern"
-    if tuning.tokens_per_second is not None:
-        speed = f"{tuning.tokens_per_second:.2f} tok/s, {speed}"
     return [*rows, ("expected", speed), ("measured", tuning.when)]
 
 
@@ -149,29 +131,6 @@ def _print_report(report: TuneReport) -> None:
             _mark(row.is_default, row.is_chosen),
         )
     out.print(table)
-    if report.runs:
-        table = Table()
-        for column in (
-            "model",
-            "bank",
-            "page cache",
-            "prefetch",
-            "hit rate",
-            "tok/s (min to max)",
-            "",
-        ):
-            table.add_column(column, no_wrap=True)
-        for number, run in enumerate(report.runs):
-            table.add_row(
-                run.name,
-                format_size(run.bank_bytes),
-                "yes" if run.page_cache else "no",
-                "yes" if run.prefetch else "no",
-                f"{run.hit_rate:.0%}",
-                f"{run.tokens_per_second:.2f} ({run.slowest:.2f} to {run.fastest:.2f})",
-                _mark(number == 0, run.is_chosen),
-            )
-        out.print(table)
     for note in report.notes:
         print_dim(f"note: {note}")
 
@@ -194,10 +153,6 @@ def _settings(settings: ReadSettings) -> str:
     if depth.piece_bytes is None:
         return f"{reader}, {depth.threads} threads, a piece for each"
     return f"{reader}, {depth.threads} threads, pieces of {format_size(depth.piece_bytes)}"
-
-
-def _page_cache(page_cache: bool) -> str:
-    return "through the page cache" if page_cache else "past the page cache"
 
 
 def _mark(is_default: bool, is_chosen: bool) -> str:

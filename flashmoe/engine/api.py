@@ -7,7 +7,7 @@ further down.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,11 +35,10 @@ from flashmoe.engine.needs import (
     plan_model,
 )
 from flashmoe.engine.options import Options
-from flashmoe.engine.running import Running, choose_running, find_choice
 from flashmoe.generation.prompt import Prompt
 from flashmoe.generation.session import DEFAULT_MAX_TOKENS, Piece, Sampling, Session
-from flashmoe.io.reader import ReadCounters, Reader
-from flashmoe.io.select import open_reader, resolve_reader
+from flashmoe.io.reader import Reader
+from flashmoe.io.select import choose_page_cache, open_reader, resolve_reader
 from flashmoe.kernels.select import resolve_kernel, select_kernel, select_prompt_kernel
 from flashmoe.memory.governor import Governor
 from flashmoe.model.attention_probe import ScoresProbe
@@ -53,12 +52,11 @@ from flashmoe.model.load import (
 )
 from flashmoe.model.predictor import find_predictors
 from flashmoe.model.route_bias import find_steerable, prefer_resident
-from flashmoe.probe.tuning import Choice, TuningFile
+from flashmoe.probe.tuning import Choice, Reads, TuningFile
 from flashmoe.repacking.recipe import Recipe
 from flashmoe.repacking.repack import Progress
 from flashmoe.store.claim import claim
 from flashmoe.store.reader import Store
-from flashmoe.streaming.parts import ALL_PARTS, Parts
 
 WARM_START_FOLDER = "warm-start"
 # MLX waits for its own threads with Python's lock held when limits are set, and reserving a bank
@@ -71,7 +69,7 @@ class FlashMoEModel:
 
     Attributes: `model` the mlx-lm module (`model.model(tokens[None])` gives logits), `tokenizer`
     mlx-lm's wrapper, `store` the open store, `memory_plan` where each byte goes, `reader` and
-    `page_cache` how records are read, `choice` what decides options that were left open, `lossy`
+    `page_cache` how records are read, `choice` what `flashmoe tune` stored or the defaults, `lossy`
     what makes its output differ from the model's, in words, nothing by default.
     """
 
@@ -79,14 +77,9 @@ class FlashMoEModel:
         self,
         store: Store,
         options: Options | None = None,
-        *,
-        parts: Parts = ALL_PARTS,
         **named: Any,
     ) -> None:
-        """Load an open store, as `options` or options by name say; raises as `from_pretrained`.
-
-        `parts` leaves parts of streaming out, to measure what they bring.
-        """
+        """Load an open store, as `options` or options by name say; raises as `from_pretrained`."""
         options = replace(options or Options(), **named)
         self._reader: Reader | None = None
         self._prefill_reader: Reader | None = None
@@ -96,13 +89,13 @@ class FlashMoEModel:
         self._claim = claim(store, lock_folder(), share=options.share)
         try:
             with _LOADING:
-                self._load(store, options, parts)
+                self._load(store, options)
         except BaseException:
             self._warm_start_file = None
             self.close()
             raise
 
-    def _load(self, store: Store, options: Options, parts: Parts) -> None:
+    def _load(self, store: Store, options: Options) -> None:
         kernel = resolve_kernel(options.kernel)
         found_bytes = machine.resident_set_bytes() + machine.usable_memory_bytes()
         config = read_config(store.path)
@@ -136,18 +129,16 @@ class FlashMoEModel:
             and not (native_attention and widen and scores.are_never_held(probed.caches)),
         )
         plan = plan_model(needs, options)
-        self.choice = find_choice(options, TuningFile(cache_folder(), store))
-        self._choose = partial(
-            choose_running,
-            options,
-            needs=needs,
-            plan=plan,
-            parts=parts,
-            path=store.file(store.manifest.layers[0].layout.file),
-            usable_bytes=machine.usable_memory_bytes(),
+        self.memory_plan = plan
+        self.page_cache = choose_page_cache(
+            options.page_cache,
+            options.reader,
+            store.file(store.manifest.layers[0].layout.file),
+            file_bytes=store.manifest.streamed_bytes,
+            free_bytes=machine.usable_memory_bytes() - (plan.planned_bytes - plan.process_bytes),
         )
-        running = self._choose(self.choice)
-        self.memory_plan = running.plan
+        tuning = TuningFile(cache_folder(), store).read() if options.tuned else None
+        self.choice = Choice() if tuning is None else tuning.choice
         mx.set_cache_limit(self.memory_plan.reuse_bytes)
         load_resident(skeleton, store, widen)
         self._stats = Stats()
@@ -157,7 +148,7 @@ class FlashMoEModel:
                 use_native_attention(skeleton, self._stats.clock)
         self.store = store
         self.tokenizer = tokenizer
-        self._open_readers(running)
+        self._open_readers(self.choice.reads(self.page_cache, options.reader))
         assert self._reader is not None
         self._streaming = stream_experts(
             skeleton,
@@ -171,19 +162,12 @@ class FlashMoEModel:
             widen=widen_records,
             policy=options.policy,
             prefill_reader=self._prefill_reader,
-            parts=parts,
         )
         # A bank of a given size keeps it.
-        if plan.total_bytes is not None and options.cache is None and parts.bank:
-            self._governor = govern(
-                needs,
-                plan,
-                self._streaming,
-                found_bytes=found_bytes,
-                most_bytes=running.most_bank_bytes,
-            )
+        if plan.total_bytes is not None and options.cache is None:
+            self._governor = govern(needs, plan, self._streaming, found_bytes=found_bytes)
         # Finding routers takes up to a second: not where nothing could be read ahead.
-        if running.prefetch and self._streaming.can_prefetch:
+        if options.prefetch is not False and self._streaming.can_prefetch:
             self._streaming.prefetch_by(find_predictors(skeleton, config))
         # Predictors go on with the routers as they are.
         if steerable:
@@ -296,35 +280,6 @@ class FlashMoEModel:
         """The totals themselves, which go on counting."""
         return self._stats
 
-    @property
-    def read_counters(self) -> ReadCounters:
-        """What the present reader has read, and how long it was busy; raises FlashMoEError
-        after `close`."""
-        self._running()
-        assert self._reader is not None
-        return self._reader.counters
-
-    def retune(self, choice: Choice) -> None:
-        """Run on with what another choice says about reading, the page cache, the bank and the
-        prefetch, as far as options left that open. Not while the model answers.
-
-        No result changes. What was learnt stays, and a prefetch that was off when the model was
-        loaded stays off. Raises FlashMoEError after `close`, ReadError.
-        """
-        streaming = self._running()
-        running = self._choose(choice)
-        before = (self._reader, self._prefill_reader)
-        self._open_readers(running)
-        assert self._reader is not None and self._prefill_reader is not None
-        streaming.read_with(self._reader, self._prefill_reader)
-        _close(before)
-        if running.plan.slots != self.memory_plan.slots:
-            if self._governor is not None:
-                self._governor.keep_below(running.most_bank_bytes)
-            streaming.resize(running.plan.slots)
-        streaming.switch_prefetch(on=running.prefetch)
-        self.choice, self.memory_plan = choice, running.plan
-
     def observe_routing(self, observer: Callable[[int, npt.NDArray[Any]], None] | None) -> None:
         """Have `observer(layer, experts)` called for every call of an MoE layer, None for nobody.
 
@@ -348,7 +303,9 @@ class FlashMoEModel:
             self._streaming.stop_prefetch()
             if self._warm_start_file is not None and self._stats.bytes_demanded:
                 self._warm_start_file.write([bank.by_value() for bank in self._streaming.banks])
-        _close((self._reader, self._prefill_reader))
+        for reader in (self._reader, self._prefill_reader):
+            if reader is not None:
+                reader.close()
         if self._streaming is not None:
             self._streaming.close()
         self._reader = self._prefill_reader = None
@@ -356,8 +313,7 @@ class FlashMoEModel:
         self._governor = None
         self._claim.release()
 
-    def _open_readers(self, running: Running) -> None:
-        reads, self.page_cache = running.reads, running.page_cache
+    def _open_readers(self, reads: Reads) -> None:
         self.reader = resolve_reader(reads.decode.reader)
         self._reader = self._prefill_reader = open_reader(reads.decode, page_cache=self.page_cache)
         if resolve_reader(reads.prefill.reader) != self.reader:
@@ -383,9 +339,3 @@ class FlashMoEModel:
             # What a run that failed had in its banks is nothing to begin the next one with.
             self._warm_start_file = None
         self.close()
-
-
-def _close(readers: Iterable[Reader | None]) -> None:
-    for reader in readers:
-        if reader is not None:
-            reader.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import mlx.core as mx
@@ -18,7 +18,6 @@ from flashmoe.memory import budget
 from flashmoe.memory.balance import Balance
 from flashmoe.memory.governor import LOOK_TOKENS, Governor, Limits
 from flashmoe.model.load import StreamingModel
-from flashmoe.probe.tuning import BankChoice, Choice
 from flashmoe.store.layout import LayerLayout
 from flashmoe.store.manifest import Manifest
 
@@ -151,12 +150,10 @@ def govern(
     streaming: StreamingModel,
     *,
     found_bytes: int,
-    most_bytes: int | None = None,
 ) -> Governor:
     """What keeps a loaded model at the number of its plan.
 
-    `found_bytes`: the memory that this process had and could have had before it was loaded;
-    `most_bytes` is the most that banks may have where the page cache is to have the rest.
+    `found_bytes`: the memory that this process had and could have had before it was loaded.
     """
     assert plan.total_bytes is not None
     in_place = streaming.resizes_in_place
@@ -182,7 +179,6 @@ def govern(
             needs.demands,
             found_bytes=found_bytes,
             in_place=in_place,
-            most_bytes=most_bytes,
         ),
         needs.demands,
         slots=streaming.slots,
@@ -190,28 +186,6 @@ def govern(
         coming=coming,
         balance=Balance(needs.demands, streaming.uses) if in_place else None,
     )
-
-
-def choose_bank(options: Options, choice: Choice, plan: budget.MemoryPlan) -> BankChoice | None:
-    """What `choice` says about the bank of a plan; None when that was measured with another
-    amount of memory, or not at all."""
-    if choice.bank is None:
-        return None
-    # A bank that the user fixed is compared with the one that ran.
-    share = 1.0 if options.cache is None else choice.bank.bank_share
-    return choice.bank if choice.bank.holds_for(round(plan.bank_bytes / share)) else None
-
-
-def shrink_bank(needs: Needs, plan: budget.MemoryPlan, share: float) -> budget.MemoryPlan:
-    """A plan whose bank has that share of its bytes, but never less than one token's needs.
-
-    Nothing else changes: another chunk size would change results.
-    """
-    smaller = max(plan.least_bank_bytes, int(plan.bank_bytes * share))
-    slots = budget.share_slots(needs.demands, smaller)
-    used = sum(n * demand.slot_bytes for n, demand in zip(slots, needs.demands, strict=True))
-    lent = max(0, used - (plan.bank_bytes - plan.lent_bytes))
-    return replace(plan, slots=slots, bank_bytes=used, lent_bytes=lent)
 
 
 def _bank_bytes(cache: str | int | None, demands: list[budget.LayerDemand]) -> int | None:

@@ -10,7 +10,6 @@ from flashmoe.base.errors import OptionError
 from flashmoe.base.units import parse_size
 from flashmoe.io.select import resolve_reader
 from flashmoe.kernels.select import resolve_kernel
-from flashmoe.probe.tuning import Choice
 
 DTYPES = ("auto", "float32", "stored")
 
@@ -45,7 +44,7 @@ class Options:
         loaded with this on. The commands have it on; here it is off, so that what a program
         reads does not depend on what ran before.
     tuned: whether what `flashmoe tune` stored for this store and machine decides what is left
-        open here; or a `Choice` that does.
+        open here.
     experts_per_token: LOSSY: fewer experts per token than the model was trained with.
     route_bias: LOSSY: while decoding, an expert that a token is routed to and that is not in the
         bank gives way to one that is and whose router logit is at most this much lower; 0 is off.
@@ -67,7 +66,7 @@ class Options:
     policy: str = "auto"
     share: bool = False
     warm_start: bool = False
-    tuned: bool | Choice = True
+    tuned: bool = True
     experts_per_token: int | None = None
     route_bias: float = 0.0
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from flashmoe.bank.slot_memory import slot_bytes, staging_bytes
 from flashmoe.base.errors import MemoryBudgetError
@@ -288,12 +288,6 @@ def plan_memory(
             enough,
         )
     return plan
-
-
-def least_bank(plan: MemoryPlan, manifest: Manifest) -> MemoryPlan:
-    """The same plan with a bank of one token's needs; what that leaves stays unused."""
-    slots = tuple(layer.layout.top_k for layer in manifest.layers)
-    return replace(plan, slots=slots, bank_bytes=plan.least_bank_bytes, lent_bytes=0)
 
 
 def _slots_bytes(slots: Sequence[int], demands: Sequence[LayerDemand]) -> int:

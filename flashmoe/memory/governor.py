@@ -59,10 +59,8 @@ class Limits:
         *,
         found_bytes: int,
         in_place: bool,
-        most_bytes: int | None = None,
     ) -> Limits:
-        """`found_bytes`: what the process has and could have had when it was loaded;
-        `most_bytes`: of banks, None for every expert."""
+        """`found_bytes`: what the process has and could have had when it was loaded."""
         share = STEP_SHARE if in_place else BIG_STEP_SHARE
         floor = min(max(int(found_bytes * FLOOR_SHARE), LEAST_FLOOR_BYTES), MOST_FLOOR_BYTES)
         return cls(
@@ -70,7 +68,7 @@ class Limits:
             margin_bytes=max(int(total_bytes * MARGIN_SHARE), LEAST_MARGIN_BYTES),
             floor_bytes=floor,
             least_bytes=least_bank_bytes(demands),
-            most_bytes=most_bank_bytes(demands) if most_bytes is None else most_bytes,
+            most_bytes=most_bank_bytes(demands),
             step_bytes=int(total_bytes * share),
             in_steps=not in_place,
         )
@@ -190,13 +188,6 @@ class Governor:
         """Memory of all slots."""
         pairs = zip(self._slots(), self._demands, strict=True)
         return sum(n * demand.slot_bytes for n, demand in pairs)
-
-    def keep_below(self, most_bytes: int | None) -> None:
-        """Let banks have at most so much from now on, None being every expert."""
-        everything = most_bank_bytes(self._demands)
-        self.limits = replace(
-            self.limits, most_bytes=everything if most_bytes is None else most_bytes
-        )
 
     def before_step(self, known: int, new: int, held: Callable[[], int]) -> None:
         """Make room for feeding `new` tokens behind `known` ones, and use what is left over.

@@ -31,10 +31,8 @@ from flashmoe.kernels.linear import native_twin
 from flashmoe.store.layout import LayerLayout, RecordLayout
 from flashmoe.store.reader import Store
 from flashmoe.streaming.experts import StreamedExperts
-from flashmoe.streaming.parts import ALL_PARTS, Parts
 from flashmoe.streaming.prefetcher import Predict, Prefetcher, Trial
 from flashmoe.streaming.prefill import ExpertPrefill, Staging
-from flashmoe.streaming.whole import WholeLayer
 
 
 @dataclass(frozen=True)
@@ -60,18 +58,6 @@ class StreamingModel:
         for layer, predicted, bank in zip(self.layers, predictions, self.banks[1:], strict=False):
             if predicted is not None and layer.reads_apart and bank.can_prefetch:
                 layer.prefetcher = Prefetcher(predicted, bank, trial)
-
-    def switch_prefetch(self, *, on: bool) -> None:
-        """Have layers prefetch where they can and it pays, or not at all."""
-        for layer in self.layers:
-            if layer.prefetcher is not None:
-                layer.prefetcher.switch(on=on)
-
-    def read_with(self, reader: Reader, prefill_reader: Reader) -> None:
-        """Read single tokens' records and prompts' with others from now on; none of the former
-        is in use then. Not while the module is called."""
-        for layer in self.layers:
-            layer.read_with(reader, prefill_reader)
 
     def _warm_starting(self) -> bool:
         return any(bank.warm_starting for bank in self.banks)
@@ -188,7 +174,6 @@ def stream_experts(
     widen: bool,
     policy: str = "auto",
     prefill_reader: Reader | None = None,
-    parts: Parts = ALL_PARTS,
 ) -> StreamingModel:
     """Replace every routed-expert module of `model` with one over a bank of its own.
 
@@ -215,21 +200,18 @@ def stream_experts(
         )
         spec = _spec(layout, module)
         bind = partial(_bind, kernel, prompt_kernel, spec)
-        path = store.file(layout.file)
         prefill = None
         if group_records:
             if layout.record not in stagings:
                 stagings[layout.record] = Staging(layout.record, group_records, widen)
             staging = stagings[layout.record]
             forwards = [prompt_kernel(group.weights, spec) for group in staging.groups]
+            path = store.file(layout.file)
             prefill = ExpertPrefill(
                 path, layout, prefill_reader or reader, stats, bank, staging, forwards
             )
         children = extra_children(module)
-        whole = None if parts.routed else WholeLayer(path, layout, reader, stats, bank)
-        streamed[layout.path] = StreamedExperts(
-            bank, bind, stats, children, prefill, overlap=parts.overlap, whole=whole
-        )
+        streamed[layout.path] = StreamedExperts(bank, bind, stats, children, prefill)
         banks.append(bank)
     replace_modules(model, streamed)
     return StreamingModel(model, tuple(streamed.values()), tuple(banks), tuple(stagings.values()))

@@ -51,14 +51,14 @@ class Outcome(Generic[T]):
         return self.runners[0]
 
 
-def is_faster(rates: Sequence[float], than: Sequence[float], margin: float = MARGIN) -> bool:
-    """Whether rates beat others, measured in pairs, in every pair, and by more than `margin`
+def is_faster(rates: Sequence[float], than: Sequence[float]) -> bool:
+    """Whether rates beat others, measured in pairs, in every pair, and by more than MARGIN
     and their spread: half the distance between the extremes of the pairs' ratios."""
     ratios = [a / b for a, b in zip(rates, than, strict=True)]
     if len(ratios) < LEAST_PAIRS:
         return False
     spread = (max(ratios) - min(ratios)) / 2
-    return min(ratios) > 1 and statistics.median(ratios) - 1 > max(margin, spread)
+    return min(ratios) > 1 and statistics.median(ratios) - 1 > max(MARGIN, spread)
 
 
 def affordable(count: int) -> int:

@@ -1,4 +1,4 @@
-"""How deep to read: the first part of `flashmoe tune`, on the store's own files."""
+"""How deep to read: what `flashmoe tune` races, on the store's own files."""
 
 from __future__ import annotations
 

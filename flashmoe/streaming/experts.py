@@ -14,11 +14,9 @@ from flashmoe.bank.arrivals import APART_BYTES
 from flashmoe.bank.bank import LayerBank
 from flashmoe.bank.stats import Stats
 from flashmoe.base.errors import FlashMoEError
-from flashmoe.io.reader import Reader
 from flashmoe.kernels.contract import ExpertForward
 from flashmoe.streaming.prefetcher import Prefetcher
 from flashmoe.streaming.prefill import ExpertPrefill
-from flashmoe.streaming.whole import WholeLayer
 
 # A bank's arrays as the kernels for single tokens and for prompts see them.
 Bind = Callable[[Mapping[str, mx.array]], tuple[ExpertForward, ExpertForward]]
@@ -31,8 +29,7 @@ class StreamedExperts(nn.Module):
     resident parts of the replaced module (activation, norms), kept under their names. What
     needs more experts than one token does goes through `prefill`, or without one through the bank,
     and meets the second of the kernels that `bind` gives. `observer`, when set, is called with
-    each call's routed experts [..., k]. To be measured, `overlap` can be off, and `whole` reads
-    the records that a token does not need, too.
+    each call's routed experts [..., k].
     """
 
     def __init__(
@@ -42,8 +39,6 @@ class StreamedExperts(nn.Module):
         stats: Stats,
         children: Mapping[str, Any],
         prefill: ExpertPrefill | None = None,
-        overlap: bool = True,
-        whole: WholeLayer | None = None,
     ) -> None:
         super().__init__()
         for name, child in children.items():
@@ -55,8 +50,6 @@ class StreamedExperts(nn.Module):
         self._prefill = prefill
         # How often single tokens used each expert.
         self._uses = np.zeros(bank.n_experts, np.int64)
-        self._overlap = overlap
-        self._whole = whole
         # Set where the next layer's experts can be prefetched.
         self.prefetcher: Prefetcher | None = None
         self.observer: Callable[[npt.NDArray[Any]], None] | None = None
@@ -86,8 +79,6 @@ class StreamedExperts(nn.Module):
             return self._run_grouped(x, experts, distinct)
         if one_token:
             self._uses[distinct] += 1
-        if one_token and self._whole is not None:
-            self._whole(distinct.tolist())
         if one_token and self.reads_apart:
             y = self._run_overlapped(x, experts, predicted)
         else:
@@ -99,14 +90,6 @@ class StreamedExperts(nn.Module):
     def bank(self) -> LayerBank:
         """Where the experts are."""
         return self._bank
-
-    def read_with(self, reader: Reader, prefill_reader: Reader) -> None:
-        """Read with others from now on, those of before being at rest. Not while called."""
-        self._bank.read_with(reader)
-        if self._prefill is not None:
-            self._prefill.reader = prefill_reader
-        if self._whole is not None:
-            self._whole.reader = reader
 
     @property
     def uses(self) -> npt.NDArray[np.int64]:
@@ -127,15 +110,13 @@ class StreamedExperts(nn.Module):
 
     @property
     def reads_apart(self) -> bool:
-        """Whether computing and reading overlap: records are large enough, and it is not off."""
-        return self._overlap and self._bank.record_bytes >= APART_BYTES
+        """Whether computing and reading overlap: records are large enough."""
+        return self._bank.record_bytes >= APART_BYTES
 
     def close(self) -> None:
         """Give the bank's memory back; calls raise FlashMoEError afterwards."""
         self._forwards = None
         self._prefill = None
-        if self._whole is not None:
-            self._whole.close()
         self._bank.close()
 
     def _forward(self, *, prompt: bool) -> ExpertForward:

@@ -69,7 +69,6 @@ class Trial:
         """While it is `disturbed`, tokens' times say nothing about predicting."""
         self._clock = clock
         self._disturbed = disturbed
-        self._switched_on = True
         self._pays = True
         self._last: float | None = None
         self._times: dict[bool, list[float]] = {True: [], False: []}
@@ -84,17 +83,10 @@ class Trial:
     @property
     def on(self) -> bool:
         """Whether to prediction for the token that has begun."""
-        return self._switched_on and self._pays
-
-    def switch(self, *, on: bool) -> None:
-        """Never prediction, or when it pays; what was learnt stays."""
-        self._switched_on = on
-        self._last = None
+        return self._pays
 
     def next_token(self) -> None:
         """Note that a token begins; decides `on` for it."""
-        if not self._switched_on:
-            return
         if self._disturbed():
             self._last = None
             return
@@ -133,10 +125,6 @@ class Prefetcher:
         # The first of a model's layers that predicts sees every token begin.
         self._leads = trial.claim()
         self._width = Width(bank.group)
-
-    def switch(self, *, on: bool) -> None:
-        """As `Trial.switch`, for all of a model's layers."""
-        self._trial.switch(on=on)
 
     def predict(self, x: mx.array) -> mx.array | None:
         """Ids for one token, unevaluated; None when prefetch is off, or nothing is left to read."""

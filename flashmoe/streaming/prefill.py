@@ -127,7 +127,7 @@ class ExpertPrefill:
     ) -> None:
         self._path = path
         self._layer = layer
-        self.reader = reader
+        self._reader = reader
         self._stats = stats
         self._bank = bank
         self._staging = staging
@@ -168,7 +168,7 @@ class ExpertPrefill:
                 ticket = upcoming[0] if upcoming else None
         except BaseException:
             # Nobody may go on writing to a group that the next call reads into.
-            self.reader.drain()
+            self._reader.drain()
             raise
         # The experts of most rows count as used last.
         self._bank.use(rows.experts[np.argsort(rows.counts, kind="stable")].tolist())
@@ -185,7 +185,7 @@ class ExpertPrefill:
     def _submit(self, experts: Ints, number: int) -> Ticket:
         """Begin to read a run of records, one after the other on disk, into a staging group."""
         group = self._staging.groups[number % N_GROUPS]
-        return self.reader.submit(
+        return self._reader.submit(
             [
                 ReadRequest(
                     self._path, self._layer.record_offset(expert), group.destination(slot, slot)

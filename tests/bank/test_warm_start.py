@@ -76,20 +76,6 @@ def test_warm_starts_are_read_behind_prefetches(store: Store) -> None:
     assert priorities == [Priority.WARM_START] * 2 + [Priority.PREFETCH, Priority.DEMAND]
 
 
-def test_another_reader_takes_over(store: Store) -> None:
-    reader = slow(store)
-    bank, stats = make_bank(store, reader, n_slots=8)
-    bank.warm_start([4, 5])
-    bank.prefetch([6])
-    reader.waiting[0].begun = reader.waiting[2].begun = True
-    bank.read_with(memory_reader(store))
-    assert [ticket.dropped for ticket in reader.waiting] == [False, True, False]
-    bank.check_integrity()
-    assert_holds(bank, [4, 5, 6])
-    assert stats.bytes_read == 3 * STRIDE
-    assert len(reader.waiting) == 3
-
-
 def test_one_that_has_begun_is_waited_for(store: Store) -> None:
     reader = slow(store)
     bank, stats = make_bank(store, reader, n_slots=6)

@@ -1,4 +1,4 @@
-"""`flashmoe bench decode` on the demo model: points, the ladder, and what goes wrong."""
+"""`flashmoe bench decode` on the demo model: points, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import psutil
 import pytest
 
 from flashmoe import FlashMoEError, OptionError, repack
-from flashmoe.bench import decode, disk_rate, ladder
+from flashmoe.bench import decode, disk_rate
 from flashmoe.bench.baselines import PlainThreads, Rival
 from flashmoe.bench.cgroup import CgroupError
 from flashmoe.bench.decode import Asked, DecodePoint, DecodeReport, bench_decode, point_of
 from flashmoe.bench.decode_worker import Point, PointRun, run_in_child, run_point
-from flashmoe.bench.ladder import STEPS, LadderReport, Rung, bench_ladder
 from flashmoe.bench.pass_figures import PassFigures, pass_figures
 from flashmoe.bench.prompts import PROMPTS
 from flashmoe.engine import api
@@ -61,7 +60,6 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[Point]:
         return run_point(point, progress)
 
     monkeypatch.setattr(decode, "run_in_child", run)
-    monkeypatch.setattr(ladder, "run_in_child", run)
     return points
 
 
@@ -120,34 +118,7 @@ def test_computing_alone_where_caches_cannot_be_trimmed(
     assert (figures.overlap is not None) is measured
 
 
-def test_a_pass_that_takes_too_long_ends(demo_store: Path) -> None:
-    store = open_store(demo_store)
-    point = point_of(store, Options(cache="min"), Asked(max_tokens=400), ("cold",))
-    point = Point(**{**vars(point), "most_seconds": 0.01})
-    (taken,) = run_point(point).passes
-    assert 8 <= len(taken.token_seconds) < 40
-
-
-def test_ladder(demo_store: Path, home: Path, here: list[Point]) -> None:
-    report = bench_ladder(demo_store, Options(cache="5MB"), BRIEF)
-    assert [rung.name for rung in report.rungs] == [step.name for step in STEPS[:-1]]
-    naive, routed, bank, overlap, prefetch = report.rungs
-    assert naive.of_naive == naive.of_previous == routed.of_previous / routed.of_naive == 1
-    assert naive.figures.read_of_absent == pytest.approx(16)
-    assert naive.figures.compute_seconds is None
-    assert routed.figures.read_of_absent == 1
-    assert naive.bank_bytes == routed.bank_bytes < bank.bank_bytes == overlap.bank_bytes
-    assert bank.figures.hit_rate > routed.figures.hit_rate
-    assert [point.options["prefetch"] for point in here] == [False] * 4 + [True]
-    assert prefetch.of_naive == pytest.approx(
-        prefetch.figures.tokens_per_second.median / naive.figures.tokens_per_second.median
-    )
-    assert report.reached == (prefetch.of_naive >= 3.2)
-    assert any("256 KiB" in note for note in report.notes)
-    assert any("tuned" in note for note in report.notes)
-
-
-def test_the_ladder_ends_with_what_tune_measured(
+def test_points_run_with_what_tune_measured(
     run_cli: Run, demo_store: Path, here: list[Point], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     three = ReadSettings("pread", Depth(threads=3))
@@ -161,36 +132,11 @@ def test_the_ladder_ends_with_what_tune_measured(
         return open_reader(settings, page_cache=page_cache)
 
     monkeypatch.setattr(api, "open_reader", note)
-    report = run_cli(
-        "bench", "decode", demo_store, "--ladder", "--cache", "5MB", "--max-tokens", 3, "--json"
-    ).json()
-    assert [rung["name"] for rung in report["rungs"]] == [step.name for step in STEPS]
-    assert [rung["tuned"] for rung in report["rungs"]] == [False] * 5 + [True]
-    assert opened == [ReadSettings()] * 5 + [three]
-    assert here[-1].options["prefetch"] is None
-    assert not any("tuned" in note for note in report["notes"])
-    # What the model is not to take is no rung.
-    monkeypatch.setattr(ladder, "STEPS", STEPS[4:])
-    report = run_cli(
-        "bench", "decode", demo_store, "--ladder", "--cache", "5MB", "--max-tokens", 2, "--json",
-        "--no-tuned",
-    ).json()  # fmt: skip
-    assert [rung["name"] for rung in report["rungs"]] == ["prefetch"]
-
-
-def test_rungs_that_disagree(
-    demo_store: Path, home: Path, here: list[Point], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = ladder.run_in_child
-
-    def wrong(point: Point, **options: Any) -> PointRun:
-        result = run(point, **options)
-        result.passes[0].answers[0][0] += len(here) == 2
-        return result
-
-    monkeypatch.setattr(ladder, "run_in_child", wrong)
-    with pytest.raises(FlashMoEError, match="'routed only' answered question 1"):
-        bench_ladder(demo_store, Options(cache="5MB"), BRIEF)
+    command = ("bench", "decode", demo_store, "--cache", "5MB", "--max-tokens", 2)
+    run_cli(*command)
+    run_cli(*command, "--no-tuned")
+    assert opened == [three, ReadSettings()]
+    assert here[-1].prompts == PROMPTS
 
 
 def test_json_of_points(run_cli: Run, demo_store: Path, tmp_path: Path) -> None:
@@ -207,15 +153,6 @@ def test_json_of_points(run_cli: Run, demo_store: Path, tmp_path: Path) -> None:
         # A process of its own: without what the tests have in memory.
         assert 0 < point["peak_memory_bytes"] < 10**9
         assert [list(taken) for taken in point["passes"]] == [names(PassFigures)] * 2
-
-
-def test_json_of_the_ladder(run_cli: Run, demo_store: Path, here: list[Point]) -> None:
-    report = run_cli(
-        "bench", "decode", demo_store, "--ladder", "--cache", "5MB", "--max-tokens", 2, "--json"
-    ).json()
-    assert list(report) == names(LadderReport)
-    assert [list(rung) for rung in report["rungs"]] == [names(Rung)] * (len(STEPS) - 1)
-    assert here[0].prompts == PROMPTS
 
 
 def test_what_is_lossy_is_said(
@@ -235,18 +172,12 @@ def test_what_people_see(run_cli: Run, demo_store: Path, here: list[Point], tmp_
     for word in ("the disk gives", "cold", "warm", "overlap", "waiting", "host"):
         assert word in result.out
     assert plot.stat().st_size > 10_000
-    result = run_cli("bench", "decode", demo_store, *brief, "--ladder")
-    assert (result.code, result.err) == (0, "")
-    for word in ("naive", "routed only", "prefetch", "times naive, target 3.2", "same tokens"):
-        assert word in result.out
 
 
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--ladder", "--memory", "1GB", "--memory", "2GB"], 2, ["one --memory"]),
         (["--max-tokens", 1], 2, ["at least 2"]),
-        (["--ladder", "--route-bias", 1], 2, ["leave --route-bias out"]),
         (["--temp", -1], 2, ["temperature"]),
         (["--memory", "lots"], 2, ["'lots' is not a size"]),
         (["--cgroup", "lots"], 2, ["'lots' is not a size"]),

@@ -6,10 +6,8 @@ import math
 
 import pytest
 
-from flashmoe import FlashMoEError
-from flashmoe.bench.ladder import check_same_answers
 from flashmoe.bench.pass_figures import Spread, overlap, pass_figures, spread
-from tests.support.passes import made_pass, made_run
+from tests.support.passes import made_pass
 
 
 def test_spread() -> None:
@@ -66,11 +64,3 @@ def test_figures_that_nothing_was_measured_for() -> None:
     assert figures.waiting_of_disk is None
     assert figures.read_seconds == 0
     assert not math.isnan(figures.share_of_disk)
-
-
-def test_rungs_agree_as_far_as_both_answered() -> None:
-    whole = made_run(answers=[[1, 2, 3], [4, 5]])
-    for answers in ([[1, 2]], [[1, 2, 3], [4, 5], [6]], [[1, 2, 3], []]):
-        check_same_answers(whole, made_run(answers=answers), "bank")
-    with pytest.raises(FlashMoEError, match="'bank' answered question 2 with other tokens"):
-        check_same_answers(whole, made_run(answers=[[1, 2, 3], [4, 6]]), "bank")

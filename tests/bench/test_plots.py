@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from flashmoe.bench.plots import check_plot, plot_decode, plot_ladder
+from flashmoe.bench.plots import check_plot, plot_decode
 from tests.support.commands import Run, assert_one_line
-from tests.support.passes import made_ladder, made_report
+from tests.support.passes import made_report
 
 
 def assert_picture(path: Path, least_width: int) -> None:
@@ -25,22 +25,11 @@ def assert_picture(path: Path, least_width: int) -> None:
         assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 50
 
 
-@pytest.mark.parametrize("name", ["plot.png", "plot.svg"])
+@pytest.mark.parametrize("name", ["plot.png", "plot.SVG"])
 def test_points(tmp_path: Path, name: str) -> None:
     check_plot(tmp_path / name)
     plot_decode(made_report(), tmp_path / name)
     assert_picture(tmp_path / name, 1500)
-
-
-@pytest.mark.parametrize("name", ["plot.png", "plot.SVG"])
-def test_ladder(tmp_path: Path, name: str) -> None:
-    check_plot(tmp_path / name)
-    plot_ladder(made_ladder(), tmp_path / name)
-    if name.endswith("png"):
-        assert_picture(tmp_path / name, 1000)
-    else:
-        text = (tmp_path / name).read_text()
-        assert text.count("<svg") == 1
 
 
 def test_what_cannot_be_drawn(

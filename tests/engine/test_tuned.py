@@ -1,18 +1,16 @@
 """What a stored choice changes: how fast a model may be, and never what it says."""
 
-from dataclasses import replace
-
 import mlx.core as mx
 import pytest
 
-from flashmoe import FlashMoEError, FlashMoEModel
+from flashmoe import FlashMoEModel
 from flashmoe.engine import api, model_cache
 from flashmoe.io.depth import Depth
 from flashmoe.io.files import uncached_problem
 from flashmoe.io.mapped import MmapReader
 from flashmoe.io.select import ReadSettings, open_reader
 from flashmoe.probe.record_files import cached_share, evict
-from flashmoe.probe.tuning import BankChoice, Choice, Reads, Tuning, TuningFile
+from flashmoe.probe.tuning import Choice, Reads, Tuning, TuningFile
 from flashmoe.store.reader import open_store
 from tests.support.answers import BARN, BARN_ANSWER
 from tests.support.commands import Run
@@ -53,7 +51,7 @@ def opened(monkeypatch):
 
 def store_choice(demo_store, choice):
     file = TuningFile(model_cache.cache_folder(), open_store(demo_store))
-    file.write(Tuning(choice, 1e9, None, "2026-01-02T03:04:05+00:00"))
+    file.write(Tuning(choice, 1e9, "2026-01-02T03:04:05+00:00"))
     return file
 
 
@@ -61,11 +59,6 @@ def logits(model):
     ids = mx.array([model.tokenizer.encode("A barn is a building for farm animals.")])
     cache = None
     return model.model(ids, cache)
-
-
-def with_bank(**changes):
-    bank = BankChoice(bank_bytes=1, bank_share=1.0, page_cache=False, prefetch=False)
-    return replace(ODD, bank=replace(bank, **changes))
 
 
 @pytest.mark.parametrize("page_cache", [True, False])
@@ -84,38 +77,6 @@ def test_results_are_the_same(home, demo, demo_store, record_paths, opened, page
         assert model._reader.counters.bytes > 0
 
 
-@pytest.mark.parametrize("page_cache", [True, False])
-def test_the_bank_is_smaller_and_prompts_are_fed_as_before(
-    home, demo, demo_store, record_paths, page_cache
-):
-    with FlashMoEModel.from_pretrained(demo_store, memory="2GB") as model:
-        before = model.memory_plan
-    bank = {"bank_bytes": before.bank_bytes, "bank_share": 0.5, "page_cache": page_cache}
-    store_choice(demo_store, with_bank(**bank))
-    with FlashMoEModel.from_pretrained(demo_store, memory="2GB") as model:
-        plan = model.memory_plan
-        assert before.bank_bytes * 0.4 < plan.bank_bytes <= before.bank_bytes * 0.5
-        assert plan.prompts == before.prompts
-        assert model.page_cache is page_cache
-        assert model.generate(BARN) == BARN_ANSWER
-        assert mx.array_equal(logits(model), logits(demo))
-        # Nor does it grow while it runs.
-        model.generate([5] * 20, 40, template=False)
-        assert model.bank_bytes == plan.bank_bytes
-    # Whoever states a bank gets it.
-    most = before.bank_bytes
-    with FlashMoEModel.from_pretrained(demo_store, cache=most, page_cache=True) as model:
-        assert model.bank_bytes == most
-        assert model.page_cache
-
-
-def test_a_choice_for_another_amount_of_memory_says_nothing_about_it(home, demo_store):
-    store_choice(demo_store, with_bank(bank_bytes=1, bank_share=0.1))
-    with FlashMoEModel.from_pretrained(demo_store, memory="2GB") as model:
-        assert model.bank_bytes == model.memory_plan.most_bank_bytes
-        assert model.page_cache
-
-
 def test_what_the_user_says_comes_first(home, demo_store, record_paths, opened):
     store_choice(demo_store, ODD)
     options = {"cache": "min", "page_cache": True}
@@ -132,64 +93,11 @@ def test_what_the_user_says_comes_first(home, demo_store, record_paths, opened):
     assert opened == [(ReadSettings(), True)]
 
 
-def test_memory_maps_stay_with_the_page_cache(home, demo_store, record_paths):
-    with FlashMoEModel.from_pretrained(demo_store, cache="min") as model:
-        bank_bytes = model.bank_bytes
-    choice = with_bank(bank_bytes=bank_bytes)
-    with FlashMoEModel.from_pretrained(demo_store, cache="min", tuned=choice) as model:
-        assert not model.page_cache
-    mapped = {"cache": "min", "tuned": choice, "reader": "mmap"}
-    with FlashMoEModel.from_pretrained(demo_store, **mapped) as model:
-        assert model.page_cache
-
-
-def test_a_choice_that_cannot_be_had_is_none(home, demo_store, monkeypatch):
-    with FlashMoEModel.from_pretrained(demo_store, cache="min") as model:
-        bank_bytes = model.bank_bytes
-    monkeypatch.setattr("flashmoe.engine.running.uncached_problem", lambda path: "Invalid argument")
-    choice = with_bank(bank_bytes=bank_bytes)
-    with FlashMoEModel.from_pretrained(demo_store, cache="min", tuned=choice) as model:
-        assert model.page_cache
-
-
 def test_damage_is_no_matter(home, demo_store):
     file = store_choice(demo_store, ODD)
     file.path.write_text("{")
     with FlashMoEModel.from_pretrained(demo_store, cache="min") as model:
         assert model.choice == Choice()
-
-
-def test_another_choice_while_it_runs(home, demo, demo_store, record_paths):
-    with FlashMoEModel.from_pretrained(demo_store, memory="2GB", tuned=Choice()) as model:
-        whole = model.memory_plan.bank_bytes
-        session = model.session()
-        asked = {"max_new_tokens": 30, "template": False}
-        expected = [piece.token for piece in session.stream(BARN, **asked)]
-        half = with_bank(bank_bytes=whole, bank_share=0.5)
-        found = []
-        for number, piece in enumerate(model.session().stream(BARN, **asked)):
-            found.append(piece.token)
-            if number % 4 == 0:
-                model.retune(half if number % 8 else Choice())
-                model.check_integrity()
-        assert found == expected
-        before = model.read_counters
-        model.retune(half)
-        assert model.choice == half
-        assert not model.page_cache
-        assert whole * 0.4 < model.bank_bytes <= whole * 0.5
-        assert mx.array_equal(logits(model), logits(demo))
-        assert model._reader.counters.bytes + model._prefill_reader.counters.bytes > 0
-        # It does not grow while it runs, until another choice says so.
-        model.generate([5] * 20, 40, template=False)
-        assert model.bank_bytes <= whole * 0.5
-        model.retune(Choice())
-        assert model.bank_bytes == whole
-        assert model.page_cache
-        assert model.read_counters.bytes == 0 < before.bytes
-        assert mx.array_equal(logits(model), logits(demo))
-    with pytest.raises(FlashMoEError, match="closed"):
-        model.retune(half)
 
 
 def test_the_command_line(run_cli: Run, demo_store, opened):

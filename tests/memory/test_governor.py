@@ -180,8 +180,6 @@ def test_limits() -> None:
     small = Limits.of(300 * MB, demands, found_bytes=500 * MB, in_place=True)
     assert (small.least_bytes, small.most_bytes) == (8 * MB, 400 * MB)
     assert (small.margin_bytes, small.floor_bytes, small.step_bytes) == (3 * MB, 16 * MB, 1_500_000)
-    capped = Limits.of(300 * MB, demands, found_bytes=500 * MB, in_place=True, most_bytes=70 * MB)
-    assert capped == replace(small, most_bytes=70 * MB)
     large = Limits.of(48 * 10**9, demands, found_bytes=60 * 10**9, in_place=False)
     assert (large.margin_bytes, large.floor_bytes) == (240 * MB, 10**9)
     assert (large.step_bytes, large.in_steps, small.in_steps) == (3 * 10**9, True, False)

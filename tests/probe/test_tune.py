@@ -12,7 +12,6 @@ from itertools import pairwise
 import pytest
 
 from flashmoe.base.errors import OptionError, StoreError
-from flashmoe.bench.tune_model import tune_model
 from flashmoe.engine.model_cache import cache_folder
 from flashmoe.io.files import uncached_problem
 from flashmoe.io.select import ReadSettings
@@ -109,34 +108,6 @@ class TestReads:
         assert found.rate(True, "decode") == found.rate(True, "prefill") == 2e9
 
 
-class TestModel:
-    def test_what_was_measured_comes_back(self, demo_store):
-        store = open_store(demo_store)
-        ticks = []
-        found = tune_model(
-            store,
-            read_tuning.tune_reads(store, 0.1),
-            None,
-            20.0,
-            free_bytes=10**12,
-            tick=lambda: ticks.append(1),
-        )
-        assert ticks
-        assert found.choice.bank is None
-        [row] = found.rows
-        assert (row.name, row.is_chosen) == ("as by default", True)
-        assert 0 < row.slowest <= row.tokens_per_second == found.tokens_per_second <= row.fastest
-        assert any("holds every expert" in note for note in found.notes)
-        assert any("page cache held all records" in note for note in found.notes)
-
-    def test_a_model_that_does_not_run(self, demo_store):
-        store = open_store(demo_store)
-        found = tune_model(store, read_tuning.tune_reads(store, 0.1), "1MB", 20.0, free_bytes=0)
-        assert (found.choice.bank, found.tokens_per_second, found.rows) == (None, None, ())
-        assert any("not tuned: 1.00 MB of memory is not" in note for note in found.notes)
-        assert any("do not fit into free memory" in note for note in found.notes)
-
-
 BRIEF = ("--seconds", "2")
 
 
@@ -151,7 +122,7 @@ def test_the_command_keeps_its_choice(run_cli: Run, demo_store):
     )
     assert stored.bytes_per_second > 0
     shown = run_cli("tune", demo_store, "--show").out
-    for part in ("decode, cached", "prefill, cached", "bank", "expected", "GB/s", stored.when):
+    for part in ("decode, cached", "prefill, cached", "expected", "GB/s", stored.when):
         assert part in shown
     assert stored.when in run_cli("inspect", demo_store).out
     assert run_cli("inspect", demo_store, "--json").json()["tuned"] == found["tuning"]
@@ -177,7 +148,6 @@ def test_what_is_printed(run_cli: Run, demo_store):
     [
         (["--seconds", "0"], 2, "1 to 3600 seconds, not 0"),
         (["--seconds", "nan"], 2, "1 to 3600 seconds, not nan"),
-        (["--memory", "lots"], 2, "'lots' is not a size"),
         (["--show", "--forget"], 2, "exclude"),
     ],
 )

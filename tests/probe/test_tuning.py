@@ -9,17 +9,16 @@ from flashmoe.base import machine
 from flashmoe.base.errors import OptionError
 from flashmoe.io.depth import Depth
 from flashmoe.io.select import ReadSettings
-from flashmoe.probe.tuning import BankChoice, Choice, Reads, Tuning, TuningFile
+from flashmoe.probe.tuning import Choice, Reads, Tuning, TuningFile
 from tests.support.disk import no_space
 
 ODD = Choice(
     cached=Reads(ReadSettings("mmap", Depth(3, 4096)), ReadSettings("pread", Depth(16))),
     uncached=Reads(ReadSettings("pread", Depth(1, 2**20)), ReadSettings("auto", Depth(32, 5000))),
-    bank=BankChoice(bank_bytes=10**9, bank_share=0.5, page_cache=False, prefetch=False),
 )
 TUNINGS = [
-    Tuning(ODD, 1.5e9, 7.25, "2026-01-02T03:04:05+00:00"),
-    Tuning(Choice(), 1e6, None, "2026-01-02T03:04:05+00:00"),
+    Tuning(ODD, 1.5e9, "2026-01-02T03:04:05+00:00"),
+    Tuning(Choice(), 1e6, "2026-01-02T03:04:05+00:00"),
 ]
 
 
@@ -29,7 +28,7 @@ def file(tmp_path, good_store):
 
 
 def changed(document, place, value):
-    """A document with another value at a place such as "tuning.choice.bank"."""
+    """A document with another value at a place such as "tuning.choice.cached"."""
     *parents, last = place.split(".")
     inner = document
     for name in parents:
@@ -71,9 +70,10 @@ def test_damage_counts_as_absent(file, content):
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        ("version", 2),
+        ("version", 1),
+        ("version", 3),
         ("version", True),
-        ("version", "1"),
+        ("version", "2"),
         ("store", "0" * 64),
         ("machine.disk", "another"),
         ("machine.cores", 99),
@@ -84,7 +84,9 @@ def test_damage_counts_as_absent(file, content):
         ("tuning.bytes_per_second", "fast"),
         ("tuning.bytes_per_second", float("nan")),
         ("tuning.bytes_per_second", float("inf")),
-        ("tuning.tokens_per_second", True),
+        ("tuning.bytes_per_second", True),
+        ("tuning.tokens_per_second", 1.0),
+        ("tuning", None),
         ("tuning.choice.extra", 1),
         ("tuning.choice.cached", None),
         ("tuning.choice.cached.decode.reader", "fast"),
@@ -95,11 +97,6 @@ def test_damage_counts_as_absent(file, content):
         ("tuning.choice.cached.decode.depth.piece_bytes", 1),
         ("tuning.choice.cached.prefill.depth", [8, None]),
         ("tuning.choice.uncached.prefill.reader", "mmap"),
-        ("tuning.choice.bank.bank_share", 1.5),
-        ("tuning.choice.bank.bank_share", 0),
-        ("tuning.choice.bank.bank_bytes", -1),
-        ("tuning.choice.bank.page_cache", None),
-        ("tuning.choice.bank.prefetch", 1),
     ],
 )
 def test_what_is_not_understood_counts_as_absent(file, place, value):
@@ -138,24 +135,9 @@ def test_a_full_disk_leaves_what_was_there(file, monkeypatch):
     assert [path.name for path in file.path.parent.iterdir()] == [file.path.name]
 
 
-@pytest.mark.parametrize("share", [0.0, -1.0, 1.01, float("nan")])
-def test_shares_out_of_range(share):
-    with pytest.raises(OptionError, match="share"):
-        BankChoice(10**9, share, page_cache=True, prefetch=True)
-
-
 def test_past_the_page_cache_is_not_for_memory_maps():
     with pytest.raises(OptionError, match="mmap"):
         Choice(uncached=Reads(ReadSettings("mmap"), ReadSettings()))
-
-
-def test_for_which_banks_a_choice_holds():
-    bank = BankChoice(1000, 0.5, page_cache=True, prefetch=True)
-    assert [size for size in (799, 800, 1000, 1250, 1251) if bank.holds_for(size)] == [
-        800,
-        1000,
-        1250,
-    ]
 
 
 def test_this_machine_is_described(tmp_path):

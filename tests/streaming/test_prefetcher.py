@@ -79,6 +79,15 @@ def test_a_new_prediction_cancels_the_old_one(store: Store) -> None:
     bank.check_integrity()
 
 
+def test_what_was_prefetched_was_absent(store: Store) -> None:
+    bank, stats = make_bank(store, memory_reader(store), n_slots=LAYOUT.n_experts)
+    bank.prefetch([4])
+    bank.acquire([4, 5])
+    bank.acquire([4, 5])
+    assert stats.bytes_absent == 2 * STRIDE
+    assert stats.bytes_demanded == 4 * STRIDE
+
+
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize(("n_slots", "expected"), [(3, 3), (4, 4), (5, 4), (8, 4)])
 def test_a_demand_takes_slots_back_from_wrong_predictions(

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from flashmoe.bench.decode import DecodePoint, DecodeReport, HitRates
-from flashmoe.bench.decode_worker import Pass, PointRun
+from flashmoe.bench.decode_worker import Pass
 from flashmoe.bench.disk_rate import DiskRate
-from flashmoe.bench.ladder import STEPS, LadderReport, Rung
 from flashmoe.bench.pass_figures import PassFigures, pass_figures
 
 DISK = DiskRate(1e9, 0.9e9, 1.1e9, "fio psync")
@@ -41,18 +40,6 @@ def made_pass(**changes: Any) -> Pass:
     return Pass(**{**fields, **changes})
 
 
-def made_run(**changes: Any) -> PointRun:
-    return PointRun(
-        bank_bytes=10**6,
-        most_bank_bytes=4 * 10**6,
-        kernel="cpu",
-        lossy=(),
-        page_cache=False,
-        peak_memory_bytes=10**8,
-        passes=[made_pass(**changes)],
-    )
-
-
 def made_figures(name: str = "cold") -> PassFigures:
     return pass_figures(made_pass(name=name), DISK.bytes_per_second)
 
@@ -65,12 +52,3 @@ def made_report() -> DecodeReport:
     )
     rates = (HitRates(0.1, 0.2, 0.3), HitRates(1.0, 0.9, 0.95))
     return DecodeReport("a.flashmoe", 4 * 10**9, 4, 128, None, DISK, ("a note",), points, rates)
-
-
-def made_ladder() -> LadderReport:
-    figures = made_figures()
-    rungs = tuple(
-        Rung(x.name, x.parts, x.prefetch, x.tuned, 10**9, 10**9, "cpu", False, figures, 4.0, 1.0)
-        for x in STEPS
-    )
-    return LadderReport("a.flashmoe", 4 * 10**9, "2GB", 4, 128, 10**9, DISK, (), rungs, 3.2, True)
