@@ -3,7 +3,7 @@
     python scripts/stress.py [--minutes 10] [--threads 3] [--seed 0]
 
 Every example draws a setting of the engine (tests/support/exact_settings.py: family, bank, staging,
-policy, prefetch, chunk, reader, page cache, speed and disorder of the disk), and how often its
+prefetch, chunk, reader, page cache, speed and disorder of the disk), and how often its
 reads fail and its waits are interrupted. What it says until then has to be byte-equal to the plain
 path, and so has what the same model says when it is asked again, until nothing fails. Banks are
 checked after every token.

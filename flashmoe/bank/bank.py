@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe.bank.arrivals import Arrival, Arrivals
+from flashmoe.bank.eviction import LFU, Policy
 from flashmoe.bank.prefetch import PrefetchReads
 from flashmoe.bank.slot_table import ABSENT, SlotTable
 from flashmoe.bank.stats import Stats
@@ -34,7 +35,7 @@ class LayerBank(SlotTable):
         *,
         n_slots: int,
         widen: bool,
-        policy: str = "auto",
+        policy: type[Policy] = LFU,
         most_slots: int | None = None,
     ) -> None:
         """`most_slots`: up to how many slots `resize` should be cheap, as `SlotMemory` says."""

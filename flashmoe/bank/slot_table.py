@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe.bank.arrivals import Arrival
-from flashmoe.bank.policy.select import make_policy
+from flashmoe.bank.eviction import Policy
 from flashmoe.bank.slot_memory import SlotMemory
 from flashmoe.bank.stats import Stats
 from flashmoe.base.errors import FlashMoEError
@@ -33,7 +33,7 @@ class SlotTable:
         *,
         n_slots: int,
         widen: bool,
-        policy: str,
+        policy: type[Policy],
         most_slots: int | None,
     ) -> None:
         self.group = layer.top_k
@@ -44,7 +44,7 @@ class SlotTable:
         self.memory = SlotMemory(layer.record, n_slots, self.group, widen, most_slots)
         self._layer = layer
         self._stats = stats
-        self._policy = make_policy(policy, n_slots)
+        self._policy = policy(n_slots)
         self._slot_of = np.full(layer.n_experts, ABSENT, np.int32)
         self._free = list(range(n_slots - 1, -1, -1))
         self._pending: list[mx.array] = []

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from flashmoe.base.errors import OptionError
 from flashmoe.base.units import parse_size
-from flashmoe.bench.cache import SHARES, bench_cache
 from flashmoe.bench.decode_worker import Point, PointRun, run_in_child
 from flashmoe.bench.disk_rate import Disk, DiskRate
 from flashmoe.bench.pass_figures import PassFigures, pass_figures
 from flashmoe.bench.prompts import PROMPTS
-from flashmoe.bench.trace_file import read_trace
 from flashmoe.engine.options import Options
 from flashmoe.generation.session import Sampling
 from flashmoe.probe.record_files import cached_share, evict
@@ -62,18 +59,8 @@ class DecodePoint:
 
 
 @dataclass(frozen=True)
-class HitRates:
-    """What the recorded routing hits in a bank of that share of all experts, empty at first:
-    with the default policy, and at best (Belady)."""
-
-    bank_share: float
-    hit_rate: float
-    belady: float
-
-
-@dataclass(frozen=True)
 class DecodeReport:
-    """All points of a store, and if its routing was recorded, its hit rates at any size."""
+    """All points of a store."""
 
     store: str
     streamed_bytes: int
@@ -83,7 +70,6 @@ class DecodeReport:
     disk: DiskRate
     notes: tuple[str, ...]
     points: tuple[DecodePoint, ...]
-    hit_rates: tuple[HitRates, ...]
 
 
 def bench_decode(
@@ -91,14 +77,12 @@ def bench_decode(
     sizes: Sequence[Options],
     asked: Asked,
     *,
-    record: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> DecodeReport:
     """Answer the prompts with each of `sizes` (memory or cache, and all other options).
 
-    Points and samples of the disk take turns. With `record`, one more pass of the first point
-    records its routing, to be replayed over all bank sizes. `progress(done, total)` counts
-    thousandths of a point. Raises what opening a store and answering raise.
+    Points and samples of the disk take turns. `progress(done, total)`
+    counts thousandths of a point. Raises what opening a store and answering raise.
     """
     store = open_store(folder)
     total = 1000 * len(sizes)
@@ -106,20 +90,15 @@ def bench_decode(
     disk = Disk(store)
     notes = _page_cache_notes(store)
     runs: list[PointRun] = []
-    with tempfile.TemporaryDirectory(prefix="flashmoe-") as scratch:
-        trace = Path(scratch, "routing.trace")
-        for number, options in enumerate(sizes):
-            point = point_of(store, options, asked, (COLD, WARM))
-            if record and number == 0:
-                point = replace(point, trace=str(trace))
-            evict(_store_files(store))
+    for number, options in enumerate(sizes):
+        point = point_of(store, options, asked, (COLD, WARM))
+        evict(_store_files(store))
 
-            def say(share: float, first: int = 1000 * number) -> None:
-                progress(first + round(1000 * share), total)
+        def say(share: float, first: int = 1000 * number) -> None:
+            progress(first + round(1000 * share), total)
 
-            runs.append(run_in_child(point, cgroup_bytes=asked.cgroup_bytes, progress=say))
-            disk.sample()
-        hit_rates = _hit_rates(trace) if record else ()
+        runs.append(run_in_child(point, cgroup_bytes=asked.cgroup_bytes, progress=say))
+        disk.sample()
     progress(total, total)
     rate = disk.rate()
     return DecodeReport(
@@ -131,7 +110,6 @@ def bench_decode(
         disk=rate,
         notes=(*disk.notes, *notes, *_lossy_notes(runs)),
         points=tuple(_point(options, run, rate) for options, run in zip(sizes, runs, strict=True)),
-        hit_rates=hit_rates,
     )
 
 
@@ -166,15 +144,6 @@ def _page_cache_notes(store: Store) -> list[str]:
 def _lossy_notes(runs: Sequence[PointRun]) -> list[str]:
     """That the answers are not the model's own, where options made them so."""
     return [f"LOSSY: {said}" for said in dict.fromkeys(said for run in runs for said in run.lossy)]
-
-
-def _hit_rates(trace: Path) -> tuple[HitRates, ...]:
-    report = bench_cache(trace, shares=(*SHARES, 1.0), decode_only=True)
-    experts = sum(layer.n_experts for layer in read_trace(trace).layers)
-    return tuple(
-        HitRates(sum(result.slots) / experts, result.hit_rates[report.default], result.belady)
-        for result in report.results
-    )
 
 
 def _point(options: Options, run: PointRun, rate: DiskRate) -> DecodePoint:

@@ -8,14 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from flashmoe.bank.stats import Stats
 from flashmoe.base import machine
 from flashmoe.base.errors import FlashMoEError, PromptError
 from flashmoe.bench.child_process import run_apart
-from flashmoe.bench.trace import record_routing
 from flashmoe.engine.api import FlashMoEModel
 from flashmoe.engine.options import Options
 from flashmoe.generation.prompt import encode_prompt
@@ -32,7 +30,7 @@ class Point:
     """What to run: a store with `options` (fields of `Options`).
 
     Each pass answers every prompt with up to `max_tokens` tokens, and goes round again until it
-    has decoded that many. With `trace`, one more pass writes its routing to that file.
+    has decoded that many.
     """
 
     store: str
@@ -42,7 +40,6 @@ class Point:
     max_tokens: int
     temperature: float = 0.0
     template: bool = True
-    trace: str | None = None
 
 
 @dataclass
@@ -117,16 +114,6 @@ def run_point(point: Point, progress: Progress = lambda share: None) -> PointRun
     with FlashMoEModel(open_store(point.store), options) as model:
         runner = _Runner(model, point, progress)
         passes = [runner.run(number) for number in range(len(point.passes))]
-        if point.trace is not None:
-            record_routing(
-                model,
-                point.prompts,
-                Path(point.trace),
-                max_tokens=point.max_tokens,
-                sampling=Sampling(point.temperature, seed=0),
-                template=point.template,
-                progress=lambda done, total: runner.say(len(passes), done / total),
-            )
         return PointRun(
             bank_bytes=model.bank_bytes,
             most_bank_bytes=model.memory_plan.most_bank_bytes,
@@ -148,8 +135,7 @@ class _Runner:
 
     def say(self, n_passes: int, share: float) -> None:
         """Report `n_passes` whole passes and a share of the next one."""
-        total = len(self._point.passes) + (self._point.trace is not None)
-        self._progress((n_passes + min(share, 1.0)) / total)
+        self._progress((n_passes + min(share, 1.0)) / len(self._point.passes))
 
     def run(self, number: int) -> Pass:
         """One pass. Raises FlashMoEError when no answer has two tokens."""

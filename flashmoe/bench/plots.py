@@ -24,15 +24,15 @@ def check_plot(path: Path) -> None:
     if not path.parent.is_dir():
         raise OptionError(f"{path.parent} is no folder to write a plot into")
     if importlib.util.find_spec("matplotlib") is None:
-        raise OptionError("a plot needs matplotlib: pip install 'flashmoe[plots]'")
+        raise OptionError("a plot needs matplotlib: pip install matplotlib")
 
 
 def plot_decode(report: DecodeReport, path: Path) -> None:
-    """Tokens per second against memory, time per token by phase, hit rate against bank size."""
+    """Tokens per second against memory, and time per token by phase."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15.6, 4.2), layout="constrained")
-    speed, phases, hits = figure.subplots(1, 3)
+    figure = Figure(figsize=(10.4, 4.2), layout="constrained")
+    speed, phases = figure.subplots(1, 2)
     speed.set_title("decode speed")
     speed.set_xlabel("memory (GB)")
     speed.set_ylabel("tokens per second, p10 to p90")
@@ -44,28 +44,6 @@ def plot_decode(report: DecodeReport, path: Path) -> None:
     speed.legend()
     bars = [(_label(point, taken), taken) for point in report.points for taken in point.passes]
     _draw_phases(phases, bars)
-    # Without what was read ahead, which a replay knows nothing of.
-    hits.set_title("hit rate, reading ahead left out")
-    hits.set_xlabel("bank, share of all experts")
-    shares = [rates.bank_share for rates in report.hit_rates]
-    hits.plot(shares, [r.belady for r in report.hit_rates], "--", color="#888888", label="Belady")
-    hits.plot(
-        shares,
-        [r.hit_rate for r in report.hit_rates],
-        color="#4c78a8",
-        label="replayed, empty at first",
-    )
-    for number, marker in enumerate("ox"[: len(report.points[0].passes)]):
-        passes = [point.passes[number] for point in report.points]
-        hits.plot(
-            [point.bank_share for point in report.points],
-            [figures.kept_rate for figures in passes],
-            marker,
-            color="#e45756",
-            label=f"measured, {passes[0].name}",
-        )
-    hits.set_ylim(0, 1.05)
-    hits.legend()
     figure.savefig(path, dpi=120)
 
 

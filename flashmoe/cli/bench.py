@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import typer
 
-from flashmoe.cli.bench_cache import cache
 from flashmoe.cli.bench_decode import decode
 from flashmoe.cli.bench_io import io
 from flashmoe.cli.bench_kernels import kernels
@@ -13,7 +12,7 @@ from flashmoe.cli.bench_resident import resident
 app = typer.Typer(
     help="Measure this machine and this engine.", add_completion=False, rich_markup_mode=None
 )
-for command in (decode, resident, cache, kernels, io):
+for command in (decode, resident, kernels, io):
     app.command()(command)
 
 

@@ -101,7 +101,7 @@ def decode(
     with byte_progress("repacking", json) as repacked:
         store = open_model(model, progress=repacked)
     with late_progress("decoding", quiet=json) as progress:
-        report = bench_decode(store.path, sizes, asked, record=plot is not None, progress=progress)
+        report = bench_decode(store.path, sizes, asked, progress=progress)
     if plot is not None:
         plot_decode(report, plot)
     if json:

@@ -16,7 +16,6 @@ from flashmoe.cli.eval import eval
 from flashmoe.cli.generate import generate
 from flashmoe.cli.info import info
 from flashmoe.cli.stores import inspect, repack, verify
-from flashmoe.cli.trace import trace
 from flashmoe.cli.tune import tune
 
 INTERRUPTED = 130
@@ -30,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, generate, repack, inspect, verify, eval, tune, trace, info):
+for command in (chat, generate, repack, inspect, verify, eval, tune, info):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 

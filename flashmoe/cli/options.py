@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -103,13 +104,6 @@ Prefetch = Annotated[
         show_default=False,
     ),
 ]
-Policy = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME",
-        help="Which expert gives way in the bank: auto, lru, clock, slru, s3fifo or lfu.",
-    ),
-]
 Share = Annotated[
     bool,
     typer.Option("--share", help="Run although another process runs the same store."),
@@ -161,13 +155,35 @@ class EngineOptions:
     reader: Reader = "auto"
     page_cache: PageCache = None
     prefetch: Prefetch = None
-    policy: Policy = "auto"
     share: Share = False
     warm_start: WarmStart = True
     tuned: Tuned = True
     experts_per_token: ExpertsPerToken = None
     route_bias: RouteBias = 0.0
 
+
+@dataclass(frozen=True)
+class OldSpelling:
+    """An option that is gone or has a new name; it works for one release more, hidden from help.
+
+    `note` is what its user reads on stderr. `kind` is the type of its value, bool for a switch.
+    It sets `field` of `EngineOptions`, to `value` if it is a switch; without a field it does
+    nothing.
+    """
+
+    note: str
+    kind: type = bool
+    field: str | None = None
+    value: Any = True
+
+
+OLD_SPELLINGS = {
+    "--policy": OldSpelling("--policy is gone: the bank evicts by LFU", kind=str),
+    "--forecast": OldSpelling("--forecast is now --prefetch", field="prefetch", value=True),
+    "--no-forecast": OldSpelling(
+        "--no-forecast is now --no-prefetch", field="prefetch", value=False
+    ),
+}
 
 Command = Callable[..., None]
 
@@ -188,17 +204,38 @@ def with_engine_options_but(*left_out: str) -> Callable[[Command], Command]:
             for field in fields(EngineOptions)
             if field.name not in left_out
         }
+        old = {
+            f"old_{number}": (spelling, was)
+            for number, (spelling, was) in enumerate(OLD_SPELLINGS.items())
+            if was.field is None or was.field in named
+        }
+        hidden = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[was.kind | None, typer.Option(spelling, hidden=True)],
+            )
+            for name, (spelling, was) in old.items()
+        ]
         parameters: list[inspect.Parameter] = []
         for parameter in inspect.signature(command, eval_str=True).parameters.values():
             if parameter.name == "engine":
-                parameters += named.values()
+                parameters += [*named.values(), *hidden]
             else:
                 parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
         @functools.wraps(command)
         def run(**values: Any) -> None:
-            engine = EngineOptions(**{name: values.pop(name) for name in named})
-            command(**values, engine=engine)
+            chosen = {name: values.pop(name) for name in named}
+            for name, (_, was) in old.items():
+                given = values.pop(name)
+                if given is None:
+                    continue
+                print(was.note, file=sys.stderr)
+                if was.field is not None:
+                    chosen[was.field] = was.value if was.kind is bool else given
+            command(**values, engine=EngineOptions(**chosen))
 
         # What typer asks a command for.
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

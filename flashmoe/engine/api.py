@@ -160,7 +160,6 @@ class FlashMoEModel:
             prompt_kernel=select_prompt_kernel(kernel),
             stats=self._stats,
             widen=widen_records,
-            policy=options.policy,
             prefill_reader=self._prefill_reader,
         )
         # A bank of a given size keeps it.

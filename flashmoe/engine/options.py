@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from flashmoe.bank.policy.select import resolve_policy
 from flashmoe.base.errors import OptionError
 from flashmoe.base.units import parse_size
 from flashmoe.io.select import resolve_reader
@@ -35,8 +34,6 @@ class Options:
         default unless all of them do not fit into the memory that is left beside the process.
     prefetch: whether to predict each layer's experts from the layer before and read them early,
         where that turns out to pay; by default yes.
-    policy: which expert gives way to one that is read: "lru", "clock", "slru", "s3fifo", "lfu",
-        or "auto", which is "lfu": it missed least on held-out prompts.
     share: whether other processes may run the same store at the same time. Each would take the
         memory that it finds free; without it, the one that comes second is refused.
     warm_start: whether the experts that are in the bank at the end are remembered (their numbers,
@@ -63,7 +60,6 @@ class Options:
     reader: str = "auto"
     page_cache: bool | None = None
     prefetch: bool | None = None
-    policy: str = "auto"
     share: bool = False
     warm_start: bool = False
     tuned: bool = True
@@ -77,7 +73,6 @@ class Options:
             parse_size(self.cache)
         resolve_kernel(self.kernel)
         resolve_reader(self.reader, self.page_cache)
-        resolve_policy(self.policy)
         if self.context is not None and self.context < 1:
             raise OptionError(f"context must be at least 1 token, not {self.context}")
         if self.prefill_chunk is not None and self.prefill_chunk < 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -10,49 +10,15 @@ import numpy.typing as npt
 
 from flashmoe.memory.budget import LayerDemand, share_slots
 
-Step = Sequence[int]
 HitCurve = npt.NDArray[np.int64]
 
 
-def lru_hit_curve(steps: Iterable[Step], n_experts: int) -> HitCurve:
-    """Hits of an LRU bank over `steps`, for every number of slots at once.
-
-    A step is the distinct experts of one call, used in this order. Returns [n_experts + 1] int64:
-    entry c is what c slots would have hit, exact for c of at least the longest step.
-
-    After Mattson and others, "Evaluation techniques for storage hierarchies", 1970: a bank of c
-    slots holds the c experts that were used last, so a use hits where its expert's place in the
-    order of last use is at most c.
-    """
-    recent: list[int] = []
-    at_place = np.zeros(n_experts + 1, np.int64)
-    known: set[int] = set()
-    for step in steps:
-        for expert in step:
-            if expert in known:
-                at_place[recent.index(expert) + 1] += 1
-        for expert in step:
-            if expert in known:
-                recent.remove(expert)
-            known.add(expert)
-            recent.insert(0, expert)
-    return np.cumsum(at_place)
-
-
-def lfu_hit_curve(steps: Iterable[Step], n_experts: int) -> HitCurve:
+def use_hit_curve(uses: npt.NDArray[np.int64]) -> HitCurve:
     """About what a bank that keeps the most used experts hits, for every number of slots at once.
 
-    Returns [n_experts + 1] int64: entry c is the uses of the c experts that were used most, what
-    c slots would hit if they held just these all the time. It takes one counter per expert.
+    `uses` [n_experts] is how often each expert was used. Returns [n_experts + 1] int64: entry c is
+    the uses of the c experts that were used most, what c slots would hit if they held just these.
     """
-    uses = np.zeros(n_experts, np.int64)
-    for step in steps:
-        uses[list(step)] += 1
-    return use_hit_curve(uses)
-
-
-def use_hit_curve(uses: npt.NDArray[np.int64]) -> HitCurve:
-    """`lfu_hit_curve` from the counters alone: how often each expert was used [n_experts]."""
     return np.concatenate([[0], np.cumsum(np.sort(uses)[::-1])])
 
 

@@ -172,7 +172,6 @@ def stream_experts(
     prompt_kernel: ExpertKernel,
     stats: Stats,
     widen: bool,
-    policy: str = "auto",
     prefill_reader: Reader | None = None,
 ) -> StreamingModel:
     """Replace every routed-expert module of `model` with one over a bank of its own.
@@ -195,7 +194,6 @@ def stream_experts(
             stats,
             n_slots=n_slots,
             widen=widen,
-            policy=policy,
             most_slots=layout.n_experts,
         )
         spec = _spec(layout, module)

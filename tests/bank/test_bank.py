@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashmoe.bank.eviction import LRU
 from flashmoe.bank.slot_table import ABSENT
 from flashmoe.bank.stats import Stats
 from flashmoe.base.dtypes import array_bytes
@@ -330,7 +331,7 @@ def subsets(n_experts, most):
 def test_any_sequence_of_accesses(store, n_slots, accesses, widen):
     """Against a plain list, least recently used first; a failed read may only lose experts."""
     reader = memory_reader(store)
-    bank, stats = make_bank(store, reader, n_slots, widen=widen, policy="lru")
+    bank, stats = make_bank(store, reader, n_slots, widen=widen, policy=LRU)
     order, hits, misses = [], 0, 0
     for experts, fails in accesses:
         missing = [expert for expert in experts if expert not in order]

@@ -1,13 +1,6 @@
 """What sets each policy apart, on sequences made by hand."""
 
-import pytest
-
-from flashmoe.bank.policy.clock import Clock
-from flashmoe.bank.policy.contract import Policy
-from flashmoe.bank.policy.lfu import LARGEST_WEIGHT, LFU
-from flashmoe.bank.policy.lru import LRU
-from flashmoe.bank.policy.s3fifo import S3FIFO
-from flashmoe.bank.policy.slru import SLRU
+from flashmoe.bank.eviction import LARGEST_WEIGHT, LFU, LRU, Policy
 
 
 def access(policy: Policy, *experts: int) -> list[int]:
@@ -30,81 +23,10 @@ def test_lru_evicts_by_last_use() -> None:
     assert evict_all(policy) == [2, 3, 1, 0]
 
 
-def test_clock_gives_a_second_chance() -> None:
-    policy = Clock(3)
-    access(policy, 0, 1, 2, 0)
-    # 0 is the oldest but was used again: it loses its mark and 1 goes.
-    assert access(policy, 3) == [1]
-    # Used or not since then, the second chance is gone.
-    assert access(policy, 4) == [2]
-    assert access(policy, 5) == [0]
-
-
-def test_clock_does_not_reorder_on_use() -> None:
-    policy = Clock(3)
-    access(policy, 0, 1, 2, 2, 1, 0)
-    assert evict_all(policy) == [0, 1, 2]
-
-
-def test_clock_keeps_the_marks_of_pinned_experts() -> None:
-    policy = Clock(3)
-    access(policy, 0, 1, 2, 0)
-    assert policy.victim({0, 1}) == 2
-    assert policy.victim(set()) == 1
-
-
-SCAN = range(100, 140)
-
-
-@pytest.mark.parametrize("kind", [SLRU, S3FIFO])
-def test_what_is_used_often_survives_a_scan(kind: type[Policy]) -> None:
-    policy = kind(10)
-    often = [1, 2, 3, 4]
-    access(policy, *often, *often, *often, *often)
-    access(policy, *SCAN)
-    assert all(expert in policy for expert in often)
-
-
 def test_lru_does_not_survive_a_scan() -> None:
     policy = LRU(10)
-    access(policy, *[1, 2, 3, 4] * 4, *SCAN)
-    assert sorted(evict_all(policy)) == list(SCAN)[-10:]
-
-
-def test_slru_protects_from_the_second_use_on() -> None:
-    policy = SLRU(4, protected_share=0.5)
-    access(policy, 0, 1, 2, 3, 0, 1)
-    assert access(policy, 4) == [2]
-    # A third protected expert throws the least recent one of them back on probation, as its
-    # most recent.
-    access(policy, 3)
-    assert evict_all(policy) == [4, 0, 1, 3]
-
-
-def test_s3fifo_remembers_ghosts() -> None:
-    policy = S3FIFO(4)
-    access(policy, 0, 1, 2, 3)
-    assert access(policy, 4) == [0]
-    # 0 comes back while it is remembered, and into the main queue: it outlives newer ones.
-    assert access(policy, 0) == [1]
-    assert access(policy, 5, 6, 7) == [2, 3, 4]
-    assert 0 in policy
-
-
-def test_s3fifo_forgets_old_ghosts() -> None:
-    policy = S3FIFO(4)
-    access(policy, 0, 1, 2, 3, 4, 5, 6, 7)
-    # Three ghosts at most: 0 is no longer one and comes in like a new expert.
-    access(policy, 0)
-    assert access(policy, 8, 9, 10, 11)[-1] == 0
-
-
-def test_s3fifo_moves_on_what_was_used_twice_more() -> None:
-    policy = S3FIFO(4)
-    access(policy, 0, 1, 2, 3, 0, 0, 1)
-    # 0 moves on, 1 was used once more only.
-    assert access(policy, 4, 5, 6) == [1, 2, 3]
-    assert 0 in policy
+    access(policy, *[1, 2, 3, 4] * 4, *range(100, 140))
+    assert sorted(evict_all(policy)) == list(range(130, 140))
 
 
 def test_lfu_counts_uses() -> None:

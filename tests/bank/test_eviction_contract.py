@@ -9,12 +9,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from flashmoe.bank.policy.contract import Policy
-from flashmoe.bank.policy.select import AUTO, POLICY_NAMES, make_policy, resolve_policy
-from flashmoe.base.errors import OptionError
+from flashmoe.bank.eviction import LFU, LRU, Policy
 from tests.support.policy_twins import TWINS
 
 N_EXPERTS = 12
+KINDS = (LFU, LRU)
 
 
 def steps(seed: int, n_steps: int, n_experts: int, top_k: int) -> Iterator[list[int]]:
@@ -41,9 +40,9 @@ def take_step(policy: Policy, resident: set[int], step: list[int]) -> list[int]:
     return victims
 
 
-@pytest.mark.parametrize("name", POLICY_NAMES)
-def test_ranked_is_the_order_of_eviction_backwards(name: str) -> None:
-    policy = make_policy(name, 6)
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranked_is_the_order_of_eviction_backwards(kind: type[Policy]) -> None:
+    policy = kind(6)
     resident: set[int] = set()
     for step in steps(5, 60, N_EXPERTS, 2):
         take_step(policy, resident, step)
@@ -54,11 +53,11 @@ def test_ranked_is_the_order_of_eviction_backwards(name: str) -> None:
 
 
 @pytest.mark.parametrize("capacity", [2, 3, 5, 8, 11])
-@pytest.mark.parametrize("name", POLICY_NAMES)
-def test_as_its_twin(name: str, capacity: int) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_its_twin(kind: type[Policy], capacity: int) -> None:
     evicted = 0
     for seed in range(4):
-        policy, twin = make_policy(name, capacity), TWINS[name](capacity)
+        policy, twin = kind(capacity), TWINS[kind](capacity)
         of_policy: set[int] = set()
         of_twin: set[int] = set()
         for step in steps(seed, 150, N_EXPERTS, 2):
@@ -69,12 +68,12 @@ def test_as_its_twin(name: str, capacity: int) -> None:
     assert evicted > 40
 
 
-@pytest.mark.parametrize("name", POLICY_NAMES)
-def test_as_its_twin_through_changes_of_size(name: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_its_twin_through_changes_of_size(kind: type[Policy]) -> None:
     draw = random.Random(5)
     evicted = 0
     for seed in range(6):
-        policy, twin = make_policy(name, 5), TWINS[name](5)
+        policy, twin = kind(5), TWINS[kind](5)
         of_policy: set[int] = set()
         of_twin: set[int] = set()
         for number, step in enumerate(steps(seed, 200, N_EXPERTS, 2)):
@@ -95,9 +94,9 @@ def test_as_its_twin_through_changes_of_size(name: str) -> None:
     assert evicted > 100
 
 
-@pytest.mark.parametrize("name", POLICY_NAMES)
-def test_sizes_that_are_refused(name: str) -> None:
-    policy = make_policy(name, 4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_that_are_refused(kind: type[Policy]) -> None:
+    policy = kind(4)
     for expert in (0, 1, 2):
         policy.use(expert)
     with pytest.raises(ValueError, match="3 experts are resident, more than 2 slots"):
@@ -111,9 +110,9 @@ def test_sizes_that_are_refused(name: str) -> None:
     assert policy.capacity == 3
 
 
-@pytest.mark.parametrize("name", POLICY_NAMES)
-def test_one_slot(name: str) -> None:
-    policy = make_policy(name, 1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_slot(kind: type[Policy]) -> None:
+    policy = kind(1)
     for expert in (3, 3, 3, 4, 3, 4, 4, 5):
         if expert not in policy:
             if len(policy):
@@ -124,9 +123,9 @@ def test_one_slot(name: str) -> None:
         assert len(policy) == 1
 
 
-@pytest.mark.parametrize("name", POLICY_NAMES)
-def test_all_pinned(name: str) -> None:
-    policy = make_policy(name, 4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_pinned(kind: type[Policy]) -> None:
+    policy = kind(4)
     with pytest.raises(LookupError):
         policy.victim(set())
     for expert in (0, 1, 2, 3, 1, 1, 1):
@@ -137,9 +136,9 @@ def test_all_pinned(name: str) -> None:
     assert policy.victim({0, 2, 3}) == 1
 
 
-@pytest.mark.parametrize("name", POLICY_NAMES)
-def test_forgotten_experts_are_no_victims(name: str) -> None:
-    policy = make_policy(name, 4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_forgotten_experts_are_no_victims(kind: type[Policy]) -> None:
+    policy = kind(4)
     for expert in (0, 1, 2, 3, 0, 1):
         policy.use(expert)
     policy.forget(0)
@@ -152,15 +151,15 @@ def test_forgotten_experts_are_no_victims(name: str) -> None:
     assert policy.victim(set()) == 2
 
 
-@pytest.mark.parametrize("name", POLICY_NAMES)
-def test_no_slots(name: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_slots(kind: type[Policy]) -> None:
     with pytest.raises(ValueError, match="at least 1 slot"):
-        make_policy(name, 0)
+        kind(0)
 
 
-@pytest.mark.parametrize("name", POLICY_NAMES)
-def test_cheap(name: str) -> None:
-    policy = make_policy(name, 256)
+@pytest.mark.parametrize("kind", KINDS)
+def test_cheap(kind: type[Policy]) -> None:
+    policy = kind(256)
     resident: set[int] = set()
     trace = list(steps(1, 5000, 512, 8))
     started = time.process_time()
@@ -170,24 +169,14 @@ def test_cheap(name: str) -> None:
     assert (time.process_time() - started) / 40_000 < 20e-6
 
 
-def test_names() -> None:
-    assert resolve_policy() == resolve_policy("auto") == AUTO
-    assert [resolve_policy(name) for name in POLICY_NAMES] == list(POLICY_NAMES)
-    assert len({type(make_policy(name, 2)) for name in POLICY_NAMES}) == len(POLICY_NAMES)
-    assert type(make_policy("auto", 2)) is type(make_policy(AUTO, 2))
-    for function in (resolve_policy, lambda name: make_policy(name, 2)):
-        with pytest.raises(OptionError, match=r"policy must be one of .*'slru'.*, not 'random'"):
-            function("random")
-
-
 class AgainstASet(RuleBasedStateMachine):
     """Any order of uses, evictions and losses, against the set of who is resident."""
 
-    name = ""
+    kind: type[Policy]
 
     @initialize(capacity=st.integers(1, 6))
     def start(self, capacity: int) -> None:
-        self.policies = [make_policy(self.name, capacity) for _ in range(2)]
+        self.policies = [self.kind(capacity) for _ in range(2)]
         self.resident: set[int] = set()
 
     @rule(expert=st.integers(0, 9), others=st.sets(st.integers(0, 9), max_size=3))
@@ -227,10 +216,10 @@ class AgainstASet(RuleBasedStateMachine):
             assert len(policy) == len(self.resident)
 
 
-def contract_of(policy: str) -> type:
-    machine = type(f"AgainstASet_{policy}", (AgainstASet,), {"name": policy})
+def contract_of(kind: type[Policy]) -> type:
+    machine = type(f"AgainstASet_{kind.__name__}", (AgainstASet,), {"kind": kind})
     machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
     return machine.TestCase
 
 
-TestLRU, TestClock, TestSLRU, TestS3FIFO, TestLFU = map(contract_of, POLICY_NAMES)
+TestLFU, TestLRU = map(contract_of, KINDS)

@@ -17,6 +17,7 @@ import flashmoe
 from flashmoe import FlashMoEError, FlashMoEModel, native
 from flashmoe.bank import slot_memory
 from flashmoe.bank.bank import LayerBank
+from flashmoe.bank.eviction import LFU, LRU, Policy
 from flashmoe.bank.slot_memory import SlotMemory
 from flashmoe.bank.stats import Stats
 from flashmoe.base import machine
@@ -65,7 +66,7 @@ def make_bank(
     reader: Reader,
     *,
     widen: bool = False,
-    policy: str = "lru",
+    policy: type[Policy] = LRU,
 ) -> LayerBank:
     most = N_EXPERTS if way == "in place" else None
     bank = LayerBank(
@@ -170,7 +171,7 @@ class TestBank:
         reader.close()
 
     @pytest.mark.parametrize("widen", [False, True])
-    @pytest.mark.parametrize("policy", ["lfu", "s3fifo"])
+    @pytest.mark.parametrize("policy", [LFU, LRU])
     @settings(max_examples=25)
     @given(
         st.lists(
@@ -185,7 +186,7 @@ class TestBank:
         )
     )
     def test_any_sequence(
-        self, store: Store, way: str, policy: str, widen: bool, sequence: Sequence
+        self, store: Store, way: str, policy: type[Policy], widen: bool, sequence: Sequence
     ) -> None:
         reader = memory_reader(store)
         bank = make_bank(store, way, 5, reader, widen=widen, policy=policy)

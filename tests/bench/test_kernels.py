@@ -221,7 +221,7 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_on_a_gpu_shares_are_of_its_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("products", "routed"):
+    for module in ("matmul_cases", "expert_cases"):
         monkeypatch.setattr(f"flashmoe.bench.{module}.device_name", lambda: "gpu")
     bench = tiny_bench(rounds=1)
     for result in bench.results:

@@ -92,7 +92,6 @@ BAD_OPTIONS = {
     "too little cache": ("--cache 1kB --kernel reference", 1, "the least that works is 1106kB"),
     "unknown kernel": ("--kernel nonsense", 2, "nonsense"),
     "unknown reader": ("--reader nonsense", 2, "nonsense"),
-    "unknown policy": ("--policy nonsense", 2, "nonsense"),
     "maps without the page cache": ("--reader mmap --no-page-cache", 2, "mmap"),
     "negative temperature": ("--temp -1", 2, "-1"),
     "temperature that is no number": ("--temp nan --max-tokens 1", 2, "nan"),

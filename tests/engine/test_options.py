@@ -25,7 +25,6 @@ except MemoryBudgetError as error:
     ("options", "words"),
     [
         ({"kernel": "magic"}, "kernel must be one of .*'reference'.*, not 'magic'"),
-        ({"policy": "random"}, "policy must be one of .*'lru'.*, not 'random'"),
         ({"dtype": "float16"}, "dtype must be auto, float32 or stored"),
         ({"context": 0}, "context .*0"),
         ({"context": -1}, "context .*-1"),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 CHILD = """
 import sys
-from flashmoe import FlashMoEModel, machine
+from flashmoe import FlashMoEModel
+from flashmoe.base import machine
 
 for count in range(1, 101):
     with FlashMoEModel.from_pretrained(sys.argv[1], cache="2MB") as model:

@@ -33,7 +33,8 @@ CONTEXT = 1024
 TURNS = [(300, 40), (90, 40), (200, 40)]
 RUN = f"""
 import json, sys
-from flashmoe import FlashMoEModel, MemoryBudgetError, Sampling, machine
+from flashmoe import FlashMoEModel, MemoryBudgetError, Sampling
+from flashmoe.base import machine
 from flashmoe.store.reader import open_store
 try:
     model = FlashMoEModel(open_store(sys.argv[1]), memory=sys.argv[2], context={CONTEXT})

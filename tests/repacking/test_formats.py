@@ -106,10 +106,10 @@ def test_from_the_hub(case: str, hub: Hub, tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys, time
-from flashmoe.repacking import run
+from flashmoe.repacking import walk
 from flashmoe.repacking.repack import repack
 
-run.STEP_SECONDS = 0.0
+walk.STEP_SECONDS = 0.0
 
 def stop(done, total):
     if 2 * done > total:

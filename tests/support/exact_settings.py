@@ -20,7 +20,6 @@ import numpy as np
 
 from flashmoe import FlashMoEModel, native
 from flashmoe.bank.bank import LayerBank
-from flashmoe.bank.policy.select import POLICY_NAMES
 from flashmoe.engine import api
 from flashmoe.generation.steps import TokenState
 from flashmoe.io.files import uncached_problem
@@ -57,7 +56,6 @@ class Setting:
     slots: int
     resized: int
     staging: int
-    policy: str
     prefetch: bool
     chunk: int
     reader: str
@@ -75,7 +73,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "slots": (TOP_K, TOP_K + 1, TOP_K + 2, 2 * TOP_K, N_EXPERTS - 2, N_EXPERTS),
     "resized": (0, 0, TOP_K, 2 * TOP_K, N_EXPERTS),
     "staging": (0, 2, 5, N_EXPERTS),
-    "policy": POLICY_NAMES,
     "prefetch": (True, True, False),
     "chunk": (2, 5, 16, 64),
     "reader": tuple(INNER),
@@ -159,7 +156,7 @@ class Trials:
     def expected(self, setting: Setting) -> list[bytes]:
         """What a full bank says that nothing is read ahead for, with the default reader."""
         key = replace(
-            setting, slots=N_EXPERTS, resized=0, staging=N_EXPERTS, policy="lru", prefetch=False,
+            setting, slots=N_EXPERTS, resized=0, staging=N_EXPERTS, prefetch=False,
             reader="", page_cache=True, bytes_per_second=0, late=False
         )  # fmt: skip
         if key not in self._expected:
@@ -185,7 +182,6 @@ class Trials:
                 store,
                 cache=setting.slots * slot_bytes,
                 kernel=setting.kernel,
-                policy=setting.policy,
                 prefetch=setting.prefetch,
             )
         with made as model:

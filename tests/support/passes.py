@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flashmoe.bench.decode import DecodePoint, DecodeReport, HitRates
+from flashmoe.bench.decode import DecodePoint, DecodeReport
 from flashmoe.bench.decode_worker import Pass
 from flashmoe.bench.disk_rate import DiskRate
 from flashmoe.bench.pass_figures import PassFigures, pass_figures
@@ -50,5 +50,4 @@ def made_report() -> DecodeReport:
         for memory in (2 * 10**9, 10**9)
         for passes in [(made_figures("cold"), made_figures("warm"))]
     )
-    rates = (HitRates(0.1, 0.2, 0.3), HitRates(1.0, 0.9, 0.95))
-    return DecodeReport("a.flashmoe", 4 * 10**9, 4, 128, None, DISK, ("a note",), points, rates)
+    return DecodeReport("a.flashmoe", 4 * 10**9, 4, 128, None, DISK, ("a note",), points)

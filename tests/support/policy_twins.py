@@ -2,9 +2,7 @@
 
 from collections.abc import Collection
 
-from flashmoe.bank.policy.lfu import HALF_LIFE
-from flashmoe.bank.policy.s3fifo import MOST_USES, SMALL_SHARE, USES_TO_STAY
-from flashmoe.bank.policy.slru import PROTECTED_SHARE
+from flashmoe.bank.eviction import HALF_LIFE, LFU, LRU
 
 
 class Twin:
@@ -20,11 +18,8 @@ class Twin:
     def use(self, expert: int) -> None:
         self.history.append(expert)
         self.capacities.append(self.capacity)
-        if expert in self.resident:
-            self.hit(expert)
-        else:
+        if expert not in self.resident:
             self.resident.append(expert)
-            self.admit(expert)
 
     def victim(self, pinned: Collection[int]) -> int:
         expert = self.choose(pinned)
@@ -34,10 +29,6 @@ class Twin:
 
     def resize(self, capacity: int) -> None:
         self.capacity = capacity
-
-    def hit(self, expert: int) -> None: ...
-
-    def admit(self, expert: int) -> None: ...
 
     def choose(self, pinned: Collection[int]) -> int:
         raise NotImplementedError
@@ -49,119 +40,6 @@ class LRUTwin(Twin):
             return max(when for when, used in enumerate(self.history) if used == expert)
 
         return min((e for e in self.resident if e not in pinned), key=last_use)
-
-
-class ClockTwin(Twin):
-    """`resident` is the ring as the hand sees it, the next one first."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__(capacity)
-        self.marked: set[int] = set()
-
-    def hit(self, expert: int) -> None:
-        self.marked.add(expert)
-
-    def choose(self, pinned: Collection[int]) -> int:
-        while True:
-            expert = self.resident[0]
-            if expert not in pinned and expert not in self.marked:
-                return expert
-            if expert not in pinned:
-                self.marked.remove(expert)
-            self.resident.append(self.resident.pop(0))
-
-
-class SLRUTwin(Twin):
-    """Both lists have the least recent expert first."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__(capacity)
-        self.probation: list[int] = []
-        self.protected: list[int] = []
-
-    def admit(self, expert: int) -> None:
-        self.probation.append(expert)
-
-    def hit(self, expert: int) -> None:
-        if expert in self.probation:
-            self.probation.remove(expert)
-        else:
-            self.protected.remove(expert)
-        self.protected.append(expert)
-        self.let_fall()
-
-    def resize(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.let_fall()
-
-    def let_fall(self) -> None:
-        while len(self.protected) > int(PROTECTED_SHARE * self.capacity):
-            self.probation.append(self.protected.pop(0))
-
-    def choose(self, pinned: Collection[int]) -> int:
-        candidates = [e for e in self.probation + self.protected if e not in pinned]
-        (self.probation if candidates[0] in self.probation else self.protected).remove(
-            candidates[0]
-        )
-        return candidates[0]
-
-
-class S3FIFOTwin(Twin):
-    """Queues of [expert, uses], the oldest first; one step of a queue at a time."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__(capacity)
-        self.small: list[list[int]] = []
-        self.main: list[list[int]] = []
-        self.ghosts: list[int] = []
-
-    @property
-    def small_size(self) -> int:
-        return max(1, int(SMALL_SHARE * self.capacity))
-
-    def resize(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.trim_ghosts()
-
-    def trim_ghosts(self) -> None:
-        most = max(1, self.capacity - self.small_size)
-        self.ghosts = self.ghosts[-most:]
-
-    def admit(self, expert: int) -> None:
-        returned = expert in self.ghosts
-        if returned:
-            self.ghosts.remove(expert)
-        (self.main if returned else self.small).append([expert, 0])
-
-    def hit(self, expert: int) -> None:
-        for entry in self.small + self.main:
-            if entry[0] == expert and entry[1] < MOST_USES:
-                entry[1] += 1
-
-    def choose(self, pinned: Collection[int]) -> int:
-        turn = "small" if len(self.small) >= self.small_size else "main"
-        # A queue's turn ends once it has nothing to give: all left in it is pinned.
-        passed = 0
-        while True:
-            queue = self.small if turn == "small" else self.main
-            if passed >= len(queue):
-                turn, passed = ("main" if turn == "small" else "small"), 0
-                continue
-            expert, uses = queue.pop(0)
-            if expert in pinned:
-                queue.append([expert, uses])
-                passed += 1
-            elif turn == "small" and uses >= USES_TO_STAY:
-                self.main.append([expert, 0])
-            elif turn == "small":
-                self.ghosts.append(expert)
-                self.trim_ghosts()
-                return expert
-            elif uses == 0:
-                return expert
-            else:
-                queue.append([expert, uses - 1])
-                passed = 0
 
 
 class LFUTwin(Twin):
@@ -177,10 +55,4 @@ class LFUTwin(Twin):
         return min((e for e in self.resident if e not in pinned), key=lambda e: (self.score(e), e))
 
 
-TWINS = {
-    "lru": LRUTwin,
-    "clock": ClockTwin,
-    "slru": SLRUTwin,
-    "s3fifo": S3FIFOTwin,
-    "lfu": LFUTwin,
-}
+TWINS = {LFU: LFUTwin, LRU: LRUTwin}

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
-from flashmoe.memory.hit_curves import Step
 
-
-def belady_hits(steps: Sequence[Step], capacity: int) -> int:
+def belady_hits(steps: Sequence[Sequence[int]], capacity: int) -> int:
     """Hits of the optimal policy over `steps`, each the distinct experts of one call.
 
     As in a bank, all experts of a step have slots during the step, so every miss is brought in
@@ -34,7 +32,7 @@ def belady_hits(steps: Sequence[Step], capacity: int) -> int:
     return hits
 
 
-def _next_uses(steps: Sequence[Step]) -> list[list[int]]:
+def _next_uses(steps: Sequence[Sequence[int]]) -> list[list[int]]:
     """For each expert of each step, the next step that needs it, len(steps) for none."""
     upcoming: dict[int, int] = {}
     found: list[list[int]] = []

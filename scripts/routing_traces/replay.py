@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from trace_file import Trace
 
-from flashmoe.bank.policy.contract import Policy
-from flashmoe.bench.trace_file import Trace
-from flashmoe.memory.hit_curves import Step
+from flashmoe.bank.eviction import Policy
 
 
-def layer_steps(trace: Trace, layer: int, *, decode_only: bool = False) -> list[Step]:
+def layer_steps(trace: Trace, layer: int, *, decode_only: bool = False) -> list[list[int]]:
     """What one layer's bank is asked for, call by call.
 
     A token that is fed alone asks for its experts at once. A chunk of a prompt is walked in disk
@@ -20,7 +19,7 @@ def layer_steps(trace: Trace, layer: int, *, decode_only: bool = False) -> list[
     """
     routed = trace.routed(layer)
     top_k = trace.layers[layer].top_k
-    steps: list[Step] = []
+    steps: list[list[int]] = []
     first = 0
     for count in trace.step_tokens.tolist():
         rows = routed[first : first + count]
@@ -32,7 +31,7 @@ def layer_steps(trace: Trace, layer: int, *, decode_only: bool = False) -> list[
     return steps
 
 
-def replay(steps: Sequence[Step], policy: Policy) -> int:
+def replay(steps: Sequence[Sequence[int]], policy: Policy) -> int:
     """Hits of an empty bank with this policy, which is new and has its number of slots."""
     hits = 0
     for step in steps:

@@ -1,4 +1,4 @@
-"""The file that `flashmoe trace` writes: which experts each token was routed to.
+"""The file that `record` writes: which experts each token was routed to.
 
 A safetensors file. Its `__metadata__` has one key, `flashmoe_trace`, a JSON object:
 
@@ -167,7 +167,7 @@ def _description(path: Path) -> tuple[str, tuple[TracedLayer, ...]]:
         length = int.from_bytes(file.read(8), "little")
         metadata = json.loads(file.read(length)).get("__metadata__")
     if not isinstance(metadata, dict) or KEY not in metadata:
-        raise SourceError(f"{path} is no trace: flashmoe trace records one")
+        raise SourceError(f"{path} is no trace: record one with scripts/routing_traces")
     try:
         stated = json.loads(metadata[KEY])
         if stated["version"] != VERSION:

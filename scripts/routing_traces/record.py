@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from trace_file import Routed, TracedLayer, TraceWriter, read_trace
 
 from flashmoe.base.errors import FlashMoEError, OptionError, PromptError, SourceError
-from flashmoe.bench.trace_file import Routed, TracedLayer, TraceWriter, read_trace
 from flashmoe.engine.api import FlashMoEModel
 from flashmoe.generation.session import Sampling
 
@@ -68,13 +68,12 @@ def record_routing(
     max_tokens: int,
     sampling: Sampling,
     template: bool = True,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TraceSummary:
     """Answer every prompt in a conversation of its own and write the routing to `out`.
 
-    A sampling seed is that of the first prompt; each later one takes the next. `progress(done,
-    total)` counts prompts. Raises PromptError, naming the prompt, OptionError when `out` is
-    something else than an earlier trace, and OSError; no file is left then.
+    A sampling seed is that of the first prompt; each later one takes the next. Raises
+    PromptError, naming the prompt, OptionError when `out` is something else than an earlier
+    trace, and OSError; no file is left then.
     """
     if not prompts:
         raise PromptError("there are no prompts to trace")
@@ -88,12 +87,10 @@ def record_routing(
         model.observe_routing(recorder.observe)
         try:
             for number, prompt in enumerate(prompts):
-                progress(number, len(prompts))
                 recorder.prompt = number
                 _answer(model, number, prompt, max_tokens, sampling, template)
         finally:
             model.observe_routing(None)
-        progress(len(prompts), len(prompts))
         writer.finish()
     return TraceSummary(
         trace=str(out),

@@ -1,1 +1,0 @@
-"""Which resident expert gives way when a slot is needed. Knows expert numbers, no memory."""
