@@ -14,7 +14,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flashmoe.bank.stats import Stats
     from flashmoe.base.errors import (
         FlashMoEError,
         MemoryBudgetError,
@@ -25,14 +24,17 @@ if TYPE_CHECKING:
         StoreError,
         StoreInUseError,
     )
-    from flashmoe.engine.api import FlashMoEModel
+    from flashmoe.engine.api import FlashMoEModel, plan_run
     from flashmoe.engine.options import Options
-    from flashmoe.generation.session import Piece, Sampling, Session
+    from flashmoe.engine.plan import RunPlan
+    from flashmoe.generation.report import Report
+    from flashmoe.generation.session import Answer, Piece, Sampling, Session
     from flashmoe.repacking.repack import repack
     from flashmoe.store.inspect import StoreSummary, inspect
     from flashmoe.store.verify import VerifyReport, verify
 
 __all__ = [
+    "Answer",
     "FlashMoEError",
     "FlashMoEModel",
     "MemoryBudgetError",
@@ -41,29 +43,34 @@ __all__ = [
     "Piece",
     "PromptError",
     "ReadError",
+    "Report",
+    "RunPlan",
     "Sampling",
     "Session",
     "SourceError",
-    "Stats",
     "StoreError",
     "StoreInUseError",
     "StoreSummary",
     "VerifyReport",
     "inspect",
+    "plan_run",
     "repack",
     "verify",
 ]
 
 _HOMES = {
+    "Answer": "generation.session",
     "FlashMoEModel": "engine.api",
     "Options": "engine.options",
     "Piece": "generation.session",
+    "Report": "generation.report",
+    "RunPlan": "engine.plan",
     "Sampling": "generation.session",
     "Session": "generation.session",
-    "Stats": "bank.stats",
     "StoreSummary": "store.inspect",
     "VerifyReport": "store.verify",
     "inspect": "store.inspect",
+    "plan_run": "engine.api",
     "repack": "repacking.repack",
     "verify": "store.verify",
 }

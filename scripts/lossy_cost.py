@@ -68,10 +68,10 @@ def measure(model: FlashMoEModel, texts: list[Text]) -> dict[str, float]:
     for text in texts:
         cache = make_prompt_cache(model.model)
         rows = [log_probabilities(model, text.prompt, cache)]
-        before, started = model.stats(), time.perf_counter()
+        before, started = model.totals(), time.perf_counter()
         rows += [log_probabilities(model, [token], cache) for token in text.answer]
         seconds += time.perf_counter() - started
-        spent = model.stats().since(before)
+        spent = model.totals().since(before)
         hits, misses = hits + spent.hits, misses + spent.misses
         bytes_read += spent.bytes_read
         found = np.stack(rows)

@@ -43,7 +43,7 @@ def hold_chat(store: str, memory: str, args: argparse.Namespace) -> Report:
                 banks.append(model.bank_bytes)
         seconds = time.perf_counter() - started
         model.check_integrity()
-        stats = model.stats()
+        stats = model.totals()
         plan = model.memory_plan
     resizes = sum(a != b for a, b in itertools.pairwise(banks))
     return {

@@ -62,11 +62,11 @@ def decode(store: str, args: argparse.Namespace) -> Report:
             sampling=Sampling(temperature=1.0, seed=0),
         )
         next(stream)
-        before = model.stats()
+        before = model.totals()
         read = model.read_counters
         for _ in stream:
             pass
-        spent = model.stats().since(before)
+        spent = model.totals().since(before)
         chunk = model.memory_plan.prompts.chunk_tokens
         bank_bytes = model.bank_bytes
         page_cache = model.page_cache

@@ -136,7 +136,7 @@ def decode(args: argparse.Namespace) -> Report:
         stream = model.session().stream(prompt, max_new_tokens=args.tokens + 1)
         answer = [piece.token for piece in stream if piece.token is not None]
         model.observe_routing(None)
-        spent = model.stats()
+        spent = model.totals()
         report = {
             "load_seconds": loaded - begun,
             "tokens": spent.tokens,

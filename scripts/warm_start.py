@@ -54,11 +54,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         )
         next(stream)
         first = time.perf_counter() - started
-        before = model.stats()
+        before = model.totals()
         for _ in stream:
             pass
-        spent = model.stats().since(before)
-        stats = model.stats()
+        spent = model.totals().since(before)
+        stats = model.totals()
         return {
             "seconds_to_first_token": first,
             "tokens_per_second": spent.tokens / max(spent.seconds.decode, 1e-9),

@@ -42,10 +42,10 @@ def ask(model: FlashMoEModel, question: str, tokens: int) -> Answered:
     """One answer; of `tokens` after the first."""
     pieces = model.stream(question, max_new_tokens=tokens + 1)
     next(pieces)
-    prompt = model.stats()
+    prompt = model.totals()
     for _ in pieces:
         pass
-    stats = model.stats()
+    stats = model.totals()
     decode = stats.since(prompt)
     return Answered(
         prompt.misses, decode.misses, decode.hits, stats.warm_started, stats.warm_started_used

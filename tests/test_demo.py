@@ -12,7 +12,7 @@ import flashmoe
 from flashmoe import FlashMoEModel
 from flashmoe.checkpoint.config import read_config
 from flashmoe.demo import DEMO_FOLDER
-from flashmoe.engine.needs import choose_widening
+from flashmoe.engine.decide import choose_widening
 from tests.support.answers import BARN, BARN_ANSWER, CAPITAL, CAPITAL_ANSWER, HELLO, HELLO_ANSWER
 
 ANSWERS = {
@@ -41,10 +41,9 @@ def test_wordnets_licence_travels_with_the_store(model: FlashMoEModel) -> None:
     assert "Princeton University" in licence
 
 
-def test_asks_for_float32_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
-    assert choose_widening(read_config(DEMO_FOLDER), "auto")
-    assert not choose_widening({"torch_dtype": "bfloat16"}, "auto")
+def test_asks_for_float32_on_a_gpu_too() -> None:
+    assert choose_widening(read_config(DEMO_FOLDER), "auto", on_cpu=False)
+    assert not choose_widening({"torch_dtype": "bfloat16"}, "auto", on_cpu=False)
 
 
 def test_stock_mlx_lm_loads_it() -> None:

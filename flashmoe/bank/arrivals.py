@@ -13,6 +13,11 @@ from flashmoe.io.reader import Reader, ReadRequest, Ticket
 APART_BYTES = 256 * 1024
 
 
+def reads_apart(record_bytes: int) -> bool:
+    """Whether records of this size are read one by one, each used as soon as it is there."""
+    return record_bytes >= APART_BYTES
+
+
 @dataclass(frozen=True)
 class Arrival:
     """An expert on its way into a slot; `row` is its staging row."""

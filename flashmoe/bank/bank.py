@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from flashmoe.bank.arrivals import Arrival, Arrivals
 from flashmoe.bank.eviction import LFU, Policy
+from flashmoe.bank.meter import Meter
 from flashmoe.bank.prefetch import PrefetchReads
 from flashmoe.bank.slot_table import ABSENT, SlotTable
-from flashmoe.bank.stats import Stats
 from flashmoe.bank.warm_start import WarmStart
 from flashmoe.base.errors import FlashMoEError, ReadError
 from flashmoe.io.reader import Reader, ReadRequest, Ticket
@@ -31,7 +31,7 @@ class LayerBank(SlotTable):
         store: Store,
         layer: LayerLayout,
         reader: Reader,
-        stats: Stats,
+        meter: Meter,
         *,
         n_slots: int,
         widen: bool,
@@ -40,12 +40,12 @@ class LayerBank(SlotTable):
     ) -> None:
         """`most_slots`: up to how many slots `resize` should be cheap, as `SlotMemory` says."""
         super().__init__(
-            layer, stats, n_slots=n_slots, widen=widen, policy=policy, most_slots=most_slots
+            layer, meter, n_slots=n_slots, widen=widen, policy=policy, most_slots=most_slots
         )
         self._path = store.file(layer.file)
         self._reader = reader
         self._prefetch = PrefetchReads(reader)
-        self._warm_start = WarmStart(reader, stats)
+        self._warm_start = WarmStart(reader, meter)
         self.prefetched = 0
         self.prefetched_used = 0
         # Experts that were read ahead and have not been asked for since.
@@ -76,14 +76,14 @@ class LayerBank(SlotTable):
         self._harvest()
         missing = [expert for expert in experts if self._slot_of[expert] == ABSENT]
         stride = self._layer.record.stride
-        self._stats.hits += len(experts) - len(missing)
-        self._stats.misses += len(missing)
-        self._stats.bytes_demanded += stride * len(experts)
+        self._counters.hits += len(experts) - len(missing)
+        self._counters.misses += len(missing)
+        self._counters.bytes_demanded += stride * len(experts)
         if missing:
             self._settle_pending()
         self._count_prefetched(experts, missing)
         if apart:
-            self._stats.not_prefetched += sum(expert not in self._prefetch for expert in missing)
+            self._counters.not_prefetched += sum(expert not in self._prefetch for expert in missing)
         self._warm_start.use(experts)
         pinned = set(experts)
         arrivals: list[Arrival] = []
@@ -155,7 +155,7 @@ class LayerBank(SlotTable):
                 self._lose([arrival])
                 return
             self.prefetched += 1
-            self._stats.prefetched += 1
+            self._counters.prefetched += 1
 
     def warm_start(self, experts: Sequence[int]) -> None:
         """Start reading experts into free slots, in disk order, when nothing else waits to be
@@ -198,7 +198,7 @@ class LayerBank(SlotTable):
         """The experts that land next, as `Arrivals.land` says; the time counts as reading."""
         if not arrivals.coming:
             return []
-        with self._stats.clock.during("reading"):
+        with self._clock.during("reading"):
             return arrivals.land()
 
     def residency(self) -> npt.NDArray[np.bool_]:
@@ -311,8 +311,8 @@ class LayerBank(SlotTable):
         # A prompt may have brought the same expert meanwhile.
         twice = [arrival for arrival in whole if self._slot_of[arrival.expert] != ABSENT]
         self._free.extend(arrival.slot for arrival in twice)
-        self._stats.bytes_read += len(twice) * self._layer.record.stride
-        self._stats.bytes_wasted += len(twice) * self._layer.record.stride
+        self._counters.bytes_read += len(twice) * self._layer.record.stride
+        self._counters.bytes_wasted += len(twice) * self._layer.record.stride
         whole = [arrival for arrival in whole if arrival not in twice]
         self._land(whole)
         for arrival in whole:
@@ -325,15 +325,15 @@ class LayerBank(SlotTable):
         early = self._unused.intersection(experts)
         self._unused -= early
         right = len(early) + sum(expert in self._prefetch for expert in missing)
-        self._stats.bytes_absent += self._layer.record.stride * (len(early) + len(missing))
+        self._counters.bytes_absent += self._layer.record.stride * (len(early) + len(missing))
         self.prefetched_used += right
-        self._stats.prefetched_used += right
+        self._counters.prefetched_used += right
 
     def _land(self, arrivals: Sequence[Arrival]) -> None:
         for arrival in arrivals:
             self.memory.settle(arrival.slot, arrival.row)
             self._slot_of[arrival.expert] = arrival.slot
-            self._stats.bytes_read += self._layer.record.stride
+            self._counters.bytes_read += self._layer.record.stride
 
     def _take_slot(self, pinned: set[int]) -> int:
         if self._free:
@@ -350,14 +350,14 @@ class LayerBank(SlotTable):
         try:
             return self._take_slot(pinned)
         except LookupError:
-            with self._stats.clock.during("reading"):
+            with self._clock.during("reading"):
                 found = self._prefetch.give_up(pinned)
             if found is None:
                 raise
         arrival, whole = found
         if whole:
-            self._stats.bytes_read += self._layer.record.stride
-            self._stats.bytes_wasted += self._layer.record.stride
+            self._counters.bytes_read += self._layer.record.stride
+            self._counters.bytes_wasted += self._layer.record.stride
         return arrival.slot
 
     def _admit_warm_started(self) -> None:
@@ -369,5 +369,5 @@ class LayerBank(SlotTable):
     def _evicted(self, victim: int) -> None:
         if victim in self._unused:
             self._unused.discard(victim)
-            self._stats.bytes_wasted += self._layer.record.stride
+            self._counters.bytes_wasted += self._layer.record.stride
         self._warm_start.forget(victim)

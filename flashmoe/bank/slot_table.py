@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from flashmoe.bank.arrivals import Arrival
 from flashmoe.bank.eviction import Policy
+from flashmoe.bank.meter import Meter
 from flashmoe.bank.slot_memory import SlotMemory
-from flashmoe.bank.stats import Stats
 from flashmoe.base.errors import FlashMoEError
 from flashmoe.store.layout import LayerLayout
 
@@ -29,7 +29,7 @@ class SlotTable:
     def __init__(
         self,
         layer: LayerLayout,
-        stats: Stats,
+        meter: Meter,
         *,
         n_slots: int,
         widen: bool,
@@ -43,7 +43,7 @@ class SlotTable:
             raise ValueError(f"{layer.path} needs at least {self.group} slots, not {n_slots}")
         self.memory = SlotMemory(layer.record, n_slots, self.group, widen, most_slots)
         self._layer = layer
-        self._stats = stats
+        self._counters, self._clock = meter.counters, meter.clock
         self._policy = policy(n_slots)
         self._slot_of = np.full(layer.n_experts, ABSENT, np.int32)
         self._free = list(range(n_slots - 1, -1, -1))
@@ -135,7 +135,7 @@ class SlotTable:
 
     def _settle_pending(self) -> None:
         if self._pending:
-            with self._stats.clock.during("computing"):
+            with self._clock.during("computing"):
                 mx.eval(self._pending)
             self._pending.clear()
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from flashmoe.bank.arrivals import Arrival
+from flashmoe.bank.meter import Meter
 from flashmoe.bank.prefetch import PrefetchReads
-from flashmoe.bank.stats import Stats
 from flashmoe.io.reader import Priority, Reader, Ticket
 
 
 class WarmStart:
     """One bank's records that are read while nothing else waits to be, and what became of them.
 
-    Counts in `stats` what has been warm_started, and what of that was asked for.
+    Counts what has been warm-started, and what of that was asked for.
     """
 
-    def __init__(self, reader: Reader, stats: Stats) -> None:
+    def __init__(self, reader: Reader, meter: Meter) -> None:
         self._reads = PrefetchReads(reader, Priority.WARM_START)
-        self._stats = stats
+        self._counters = meter.counters
         # Experts by value, 0 the highest.
         self._rank: dict[int, int] = {}
         self._paused: list[int] = []
@@ -55,8 +55,8 @@ class WarmStart:
         """As `PrefetchReads.adopt`."""
         ticket, arrival = self._reads.adopt(expert)
         if ticket is not None:
-            self._stats.warm_started += 1
-            self._stats.warm_started_used += 1
+            self._counters.warm_started += 1
+            self._counters.warm_started_used += 1
         return ticket, arrival
 
     def harvest(self) -> tuple[list[Arrival], list[Arrival]]:
@@ -64,7 +64,7 @@ class WarmStart:
         whole, failed = self._reads.harvest()
         self._unused.update(arrival.expert for arrival in whole)
         self._landed.update(arrival.expert for arrival in whole)
-        self._stats.warm_started += len(whole)
+        self._counters.warm_started += len(whole)
         return whole, failed
 
     def take_landed(self) -> list[int]:
@@ -98,7 +98,7 @@ class WarmStart:
         """Note that experts were asked for."""
         used = self._unused.intersection(experts)
         self._unused -= used
-        self._stats.warm_started_used += len(used)
+        self._counters.warm_started_used += len(used)
 
     def forget(self, expert: int) -> None:
         """Note that an expert was evicted."""

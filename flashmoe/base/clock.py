@@ -36,6 +36,13 @@ class Phases:
     def __add__(self, other: Phases) -> Phases:
         return Phases(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
+    def __iadd__(self, other: Phases) -> Phases:
+        self.computing += other.computing
+        self.reading += other.reading
+        self.experts += other.experts
+        self.host += other.host
+        return self
+
     def __sub__(self, other: Phases) -> Phases:
         return Phases(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
 

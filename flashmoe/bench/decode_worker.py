@@ -5,19 +5,20 @@ Returns what was counted and timed; what it means is the business of `bench/pass
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from flashmoe.bank.stats import Stats
 from flashmoe.base import machine
 from flashmoe.base.errors import FlashMoEError, PromptError
 from flashmoe.bench.child_process import run_apart
 from flashmoe.engine.api import FlashMoEModel
 from flashmoe.engine.options import Options
 from flashmoe.generation.prompt import encode_prompt
-from flashmoe.generation.session import Sampling, Session
+from flashmoe.generation.report import Report
+from flashmoe.generation.session import Answer, Sampling, Session
 from flashmoe.kernels.select import resolve_kernel
 from flashmoe.store.reader import open_store
 
@@ -62,17 +63,15 @@ class Pass:
     decode: dict[str, float] = field(default_factory=dict)
     computing_seconds: list[float] = field(default_factory=list)
 
-    def add(self, spent: Stats) -> None:
-        """Add what was counted while one answer was decoded, `seconds` in all and by phase."""
+    def add(self, first: Report, whole: Report) -> None:
+        """Add what decoding one answer took: the figures of the `whole` without those up to the
+        `first` token; `seconds` in all and by phase."""
+        names = ("hits", "misses", "bytes_read", "bytes_demanded", "bytes_absent")
         counted = {
-            "tokens": spent.tokens,
-            "hits": spent.hits,
-            "misses": spent.misses,
-            "bytes_read": spent.bytes_read,
-            "bytes_demanded": spent.bytes_demanded,
-            "bytes_absent": spent.bytes_absent,
-            "seconds": spent.seconds.decode,
-            **asdict(spent.seconds.in_decode),
+            "tokens": whole.generated_tokens - first.generated_tokens,
+            **{name: getattr(whole, name) - getattr(first, name) for name in names},
+            "seconds": whole.seconds.decode - first.seconds.decode,
+            **asdict(whole.seconds.in_decode - first.seconds.in_decode),
         }
         for name, value in counted.items():
             self.decode[name] = self.decode.get(name, 0) + value
@@ -160,7 +159,6 @@ class _Runner:
         """Answer one prompt, adding to `taken`; `say` is called after each token."""
         point = self._point
         number = asked % len(point.prompts)
-        before = self._model.stats()
         last = time.perf_counter()
         session = self._model.session()
         try:
@@ -180,10 +178,9 @@ class _Runner:
             now = time.perf_counter()
             if not answer:
                 taken.first_token_seconds.append(now - last)
-                prefill = self._model.stats().since(before)
-                taken.prompt_tokens.append(prefill.prompt_tokens)
-                taken.prefill_seconds.append(prefill.seconds.prefill)
-                before = self._model.stats()
+                first = copy.deepcopy(piece.report)
+                taken.prompt_tokens.append(first.prompt_tokens)
+                taken.prefill_seconds.append(first.seconds.prefill)
             elif piece.token is not None:
                 taken.token_seconds.append(now - last)
             if piece.token is None:
@@ -191,7 +188,7 @@ class _Runner:
             answer.append(piece.token)
             say()
             last = time.perf_counter()
-        taken.add(self._model.stats().since(before))
+        taken.add(first, piece.report)
         if len(answer) > 1:
             taken.computing_seconds += self._repeat(session, answer[-1])
 
@@ -204,12 +201,9 @@ class _Runner:
         if len(fed) > self._model.context:
             return
         for number in range(1 + REPEATS):
-            before = self._model.stats()
-            for _ in session.stream(fed, max_new_tokens=1):
-                pass
-            spent = self._model.stats().since(before)
-            if spent.prompt_tokens != 1:
+            report = Answer.of(session.stream(fed, max_new_tokens=1)).report
+            if report.fed_tokens != 1:
                 return
             if number:
-                seconds = spent.seconds
-                yield seconds.prefill + seconds.decode - seconds.reading
+                seconds = report.seconds
+                yield seconds.prefill + seconds.decode - seconds.phases.reading

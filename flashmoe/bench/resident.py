@@ -11,12 +11,12 @@ from pathlib import Path
 import mlx.core as mx
 from mlx_lm.utils import load_model
 
-from flashmoe.bank.stats import Stats
 from flashmoe.bench.prompts import QUESTIONS
 from flashmoe.demo import DEMO_FOLDER
 from flashmoe.engine.api import FlashMoEModel
 from flashmoe.engine.model_cache import open_model
-from flashmoe.generation.session import Session
+from flashmoe.generation.report import Ledger, Report
+from flashmoe.generation.session import Answer, Session
 from flashmoe.store.reader import is_store
 
 
@@ -45,9 +45,8 @@ class _Subject:
     name: str
     bank_bytes: int | None
     session: Session
-    stats: Stats
     rates: list[float] = field(default_factory=list)
-    spent: list[Stats] = field(default_factory=list)
+    spent: list[Report] = field(default_factory=list)
 
 
 def bench_resident(
@@ -73,7 +72,7 @@ def bench_resident(
         subjects = []
         for name, bank_bytes in sizes.items():
             model = stack.enter_context(FlashMoEModel(store, cache=bank_bytes, dtype="float32"))
-            subjects.append(_Subject(name, model.bank_bytes, model.session(), model.live_stats))
+            subjects.append(_Subject(name, model.bank_bytes, model.session()))
         if checkpoint.is_dir() and not is_store(checkpoint):
             subjects.insert(0, _resident(checkpoint, model))
         for number in range(rounds + 1):
@@ -91,27 +90,26 @@ def _resident(checkpoint: Path, model: FlashMoEModel) -> _Subject:
     resident, _ = load_model(checkpoint)
     resident.set_dtype(mx.float32)
     mx.eval(resident.parameters())
-    stats = Stats()
     chunk = model.memory_plan.prompts.chunk_tokens
-    session = Session(resident, model.tokenizer, stats, context=model.context, chunk=chunk)
-    return _Subject("resident", None, session, stats)
+    session = Session(resident, model.tokenizer, Ledger(), context=model.context, chunk=chunk)
+    return _Subject("resident", None, session)
 
 
 def _answer(subject: _Subject, prompts: Sequence[str], max_tokens: int) -> None:
-    before = subject.stats.copy()
-    for prompt in prompts:
-        for _piece in subject.session.stream(prompt, max_new_tokens=max_tokens):
-            pass
-    spent = subject.stats.since(before)
+    reports = [
+        Answer.of(subject.session.stream(prompt, max_new_tokens=max_tokens)).report
+        for prompt in prompts
+    ]
     # The first token of each answer comes out of the prompt, not out of a decode step.
-    subject.rates.append((spent.tokens - len(prompts)) / spent.seconds.decode)
-    subject.spent.append(spent)
+    tokens = sum(report.generated_tokens - 1 for report in reports)
+    subject.rates.append(tokens / sum(report.seconds.decode for report in reports))
+    subject.spent += reports
 
 
 def _summarise(subject: _Subject, base: float | None) -> ResidentResult:
     hits = sum(spent.hits for spent in subject.spent)
     accesses = hits + sum(spent.misses for spent in subject.spent)
-    fed = sum(spent.tokens + spent.prompt_tokens for spent in subject.spent)
+    fed = sum(spent.generated_tokens + spent.fed_tokens for spent in subject.spent)
     median = statistics.median(subject.rates)
     is_resident = subject.bank_bytes is None
     return ResidentResult(

@@ -121,7 +121,7 @@ class _Conversation:
 
     def _command(self, line: str) -> None:
         from flashmoe.base.units import format_size
-        from flashmoe.cli.console import print_dim, stats_lines
+        from flashmoe.cli.console import print_dim, report_lines
 
         if line == "/help":
             print(HELP)
@@ -129,24 +129,23 @@ class _Conversation:
             self.reset()
             print_dim("conversation forgotten")
         elif line == "/stats":
-            stats = self._model.stats()
+            totals = self._model.totals()
             print_dim(
-                f"{stats.prompt_tokens} prompt tokens · {stats.tokens} generated · "
-                f"{stats.hits} hits · {stats.misses} misses · hit rate {stats.hit_rate:.0%} · "
-                f"{format_size(stats.bytes_read)} read of "
-                f"{format_size(stats.bytes_demanded)} demanded"
+                f"{totals.fed_tokens} prompt tokens · {totals.generated_tokens} generated · "
+                f"{totals.hits} hits · {totals.misses} misses · hit rate {totals.hit_rate:.0%} · "
+                f"{format_size(totals.bytes_read)} read of "
+                f"{format_size(totals.bytes_demanded)} demanded"
             )
-            for line in stats_lines(stats):
+            for line in report_lines(totals):
                 print_dim(line)
         else:
             print(f"{line} is no command\n{HELP}")
 
     def _answer(self, line: str) -> None:
-        from flashmoe.cli.console import AnswerReport, late_progress, print_dim, stats_lines
+        from flashmoe.cli.console import AnswerSummary, late_progress, print_dim
 
         question = {"role": "user", "content": line}
         prompt: Any = [*self._messages, question] if self._template else self._transcript + line
-        before = self._model.stats()
         started = time.perf_counter()
         first_token = 0.0
         text = ""
@@ -167,11 +166,10 @@ class _Conversation:
         print(" (stopped)" if stopped else "")
         self._messages += [question, {"role": "assistant", "content": text}]
         self._transcript += f"{line}{text}\n"
-        spent = self._model.stats().since(before)
-        report = AnswerReport.of(self._model, spent, first_token)
-        print_dim(report.line())
+        summary = AnswerSummary.of(self._model, piece.report, first_token)
+        print_dim(summary.line())
         if self._show_details:
-            for line in (report.details(), *stats_lines(spent)):
+            for line in summary.details():
                 print_dim(line)
 
 

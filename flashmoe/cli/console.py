@@ -16,9 +16,9 @@ from flashmoe.base import machine
 from flashmoe.base.units import format_duration, format_size
 
 if TYPE_CHECKING:
-    from flashmoe.bank.stats import Seconds, Stats
     from flashmoe.base.clock import Phases
     from flashmoe.engine.api import FlashMoEModel
+    from flashmoe.generation.report import Report
 
 # Where there is no terminal, lines are as long as they are.
 WIDTH_OF_PIPES = 200
@@ -99,18 +99,18 @@ def late_progress(title: str, quiet: bool = False) -> Iterator[Callable[[int, in
         bar.stop()
 
 
-def stats_lines(stats: Stats) -> list[str]:
+def report_lines(report: Report) -> list[str]:
     """Where the time went, and how well records were prefetched if any were."""
-    seconds = stats.seconds
+    seconds = report.seconds
     lines = [
         _time_line("prefill", seconds.prefill, seconds.in_prefill),
         _time_line("decode", seconds.decode, seconds.in_decode),
     ]
-    precision, recall = stats.prefetch_precision, stats.prefetch_recall
+    precision, recall = report.prefetch_precision, report.prefetch_recall
     if precision is not None and recall is not None:
         lines.append(
-            f"{stats.prefetched} records prefetched · precision {precision:.0%} · "
-            f"recall {recall:.0%} · {format_size(stats.bytes_wasted)} read in vain"
+            f"{report.prefetched} records prefetched · precision {precision:.0%} · "
+            f"recall {recall:.0%} · {format_size(report.bytes_wasted)} read in vain"
         )
     return lines
 
@@ -128,85 +128,64 @@ def _time_line(name: str, seconds: float, phases: Phases) -> str:
 
 
 @dataclass(frozen=True)
-class AnswerReport:
-    """What one answer took; sizes in bytes, times in seconds.
+class AnswerSummary:
+    """An answer's report, beside what the model then had; sizes in bytes, times in seconds."""
 
-    `seconds` and the figures of the prefetch are those of `Stats`, `lossy` is the model's.
-    """
-
-    prompt_tokens: int
-    tokens: int
-    tokens_per_second: float
+    report: Report
     seconds_to_first_token: float
-    hits: int
-    misses: int
-    hit_rate: float
-    bytes_read: int
-    bytes_demanded: int
-    bytes_read_per_token: float
-    warm_started: int
-    warm_started_used: int
     bank_bytes: int
     peak_memory_bytes: int
-    prefetched: int
-    prefetched_used: int
-    not_prefetched: int
-    prefetch_precision: float | None
-    prefetch_recall: float | None
-    bytes_wasted: int
-    seconds: Seconds
     lossy: tuple[str, ...]
 
     @classmethod
-    def of(cls, model: FlashMoEModel, stats: Stats, first_token: float) -> AnswerReport:
-        fed = max(stats.prompt_tokens + stats.tokens - 1, 1)
-        later = stats.tokens - 1
-        decode = stats.seconds.decode
-        return cls(
-            prompt_tokens=stats.prompt_tokens,
-            tokens=stats.tokens,
-            tokens_per_second=later / decode if later > 0 and decode > 0 else 0.0,
-            seconds_to_first_token=first_token,
-            hits=stats.hits,
-            misses=stats.misses,
-            hit_rate=stats.hit_rate,
-            bytes_read=stats.bytes_read,
-            bytes_demanded=stats.bytes_demanded,
-            bytes_read_per_token=stats.bytes_read / fed,
-            warm_started=stats.warm_started,
-            warm_started_used=stats.warm_started_used,
-            bank_bytes=model.bank_bytes,
-            peak_memory_bytes=machine.peak_resident_set_bytes(),
-            prefetched=stats.prefetched,
-            prefetched_used=stats.prefetched_used,
-            not_prefetched=stats.not_prefetched,
-            prefetch_precision=stats.prefetch_precision,
-            prefetch_recall=stats.prefetch_recall,
-            bytes_wasted=stats.bytes_wasted,
-            seconds=stats.seconds,
-            lossy=model.lossy,
-        )
+    def of(cls, model: FlashMoEModel, report: Report, first_token: float) -> AnswerSummary:
+        peak = machine.peak_resident_set_bytes()
+        return cls(report, first_token, model.bank_bytes, peak, model.lossy)
+
+    @property
+    def bytes_read_per_token(self) -> float:
+        """Bytes from disk for each token that went through the model; the last one does not."""
+        report = self.report
+        return report.bytes_read / max(report.fed_tokens + report.generated_tokens - 1, 1)
 
     def line(self) -> str:
         """The one line under an answer."""
+        report = self.report
         return (
-            f"{self.tokens} tokens · {self.tokens_per_second:.1f} tok/s · first token "
-            f"{format_duration(self.seconds_to_first_token)} · hit rate {self.hit_rate:.0%} · "
+            f"{report.generated_tokens} tokens · {report.tokens_per_second:.1f} tok/s · "
+            f"first token {format_duration(self.seconds_to_first_token)} · "
+            f"hit rate {report.hit_rate:.0%} · "
             f"{format_size(self.bytes_read_per_token)} read/token · bank "
             f"{format_size(self.bank_bytes)} · peak memory {format_size(self.peak_memory_bytes)}"
         )
 
-    def details(self) -> str:
-        """The first line that --stats adds."""
+    def details(self) -> list[str]:
+        """What --stats adds."""
+        report = self.report
         line = (
-            f"{self.prompt_tokens} prompt tokens · {self.hits} hits · {self.misses} misses · "
-            f"{format_size(self.bytes_read)} read of {format_size(self.bytes_demanded)} demanded"
+            f"{report.prompt_tokens} prompt tokens ({report.cached_tokens} cached) · "
+            f"{report.hits} hits · {report.misses} misses · {format_size(report.bytes_read)} "
+            f"read of {format_size(report.bytes_demanded)} demanded"
         )
-        if self.warm_started:
-            line += f" · {self.warm_started_used} of {self.warm_started} warm_started experts used"
+        if report.warm_started:
+            line += (
+                f" · warm start: {report.warm_started_used} of {report.warm_started} experts used"
+            )
         if self.lossy:
             line += f" · lossy: {', '.join(self.lossy)}"
-        return line
+        return [line, *report_lines(report)]
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        report = self.report
+        return {
+            **asdict(report),
+            "tokens_per_second": report.tokens_per_second,
+            "seconds_to_first_token": self.seconds_to_first_token,
+            "hit_rate": report.hit_rate,
+            "bytes_read_per_token": self.bytes_read_per_token,
+            "prefetch_precision": report.prefetch_precision,
+            "prefetch_recall": report.prefetch_recall,
+            "bank_bytes": self.bank_bytes,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "lossy": self.lossy,
+        }

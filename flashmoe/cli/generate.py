@@ -45,7 +45,7 @@ def generate(
     if prompt is None:
         raise typer.BadParameter("give a prompt with -p TEXT, or -p - for standard input")
     text = _read_stdin() if prompt == "-" else prompt
-    from flashmoe.cli.console import AnswerReport, late_progress, print_dim, print_json, stats_lines
+    from flashmoe.cli.console import AnswerSummary, late_progress, print_dim, print_json
     from flashmoe.generation.session import Sampling, check_max_tokens
 
     check_max_tokens(max_tokens)
@@ -73,21 +73,20 @@ def generate(
             # Also when it is cut short: whatever is said next starts on a line of its own.
             if pieces and not json:
                 print()
-        spent = loaded.stats()
-        report = AnswerReport.of(loaded, spent, first_token)
+        summary = AnswerSummary.of(loaded, pieces[-1].report, first_token)
     if json:
         print_json(
             {
                 "text": "".join(piece.text for piece in pieces),
                 "tokens": [piece.token for piece in pieces if piece.token is not None],
                 "finish_reason": pieces[-1].finish_reason,
-                "stats": report.as_dict(),
+                "stats": summary.as_dict(),
             }
         )
         return
     if stats:
-        print_dim(report.line())
-        for line in (report.details(), *stats_lines(spent)):
+        print_dim(summary.line())
+        for line in summary.details():
             print_dim(line)
 
 

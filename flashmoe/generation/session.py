@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.sample_utils import make_sampler
 
-from flashmoe.bank.stats import Stats
 from flashmoe.base.errors import OptionError, PromptError
+from flashmoe.generation.decode_loop import generate_tokens
 from flashmoe.generation.prompt import Prompt, encode_prompt
-from flashmoe.generation.steps import BeforeStep, Progress, TokenState, generate_tokens
+from flashmoe.generation.report import Ledger, Report
+from flashmoe.generation.token_state import BeforeStep, Progress, TokenState
+from flashmoe.generation.turns import GivenUp, Turn, Turns
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -60,11 +62,32 @@ class Piece:
 
     `finish_reason` is None until the last piece: "stop" (end of turn), "length" (max_tokens or
     the context is full) or "interrupt". The last piece may carry no new token (`token` None).
+    `report` has the answer's figures so far, and all of them with the last piece.
     """
 
     text: str
     token: int | None = None
     finish_reason: str | None = None
+    report: Report = field(default_factory=Report, compare=False)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer: its text, token ids, why it ended (as in `Piece`) and its figures."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+    report: Report
+
+    @classmethod
+    def of(cls, pieces: Iterable[Piece]) -> Answer:
+        """What the pieces of a stream come to."""
+        parts = list(pieces)
+        last = parts[-1]
+        assert last.finish_reason is not None
+        tokens = tuple(piece.token for piece in parts if piece.token is not None)
+        return cls("".join(p.text for p in parts), tokens, last.finish_reason, last.report)
 
 
 def check_max_tokens(max_new_tokens: int) -> None:
@@ -80,16 +103,19 @@ class Session:
         self,
         model: nn.Module,
         tokenizer: Any,
-        stats: Stats,
+        ledger: Ledger,
         *,
         context: int,
         chunk: int,
         before_step: BeforeStep | None = None,
+        turns: Turns | None = None,
     ) -> None:
+        """`turns` is the queue of the model's answers; a session without one is alone with it."""
         self._tokenizer = tokenizer
-        self._stats = stats
+        self._ledger = ledger
         self._context = context
-        self._state = TokenState(model, stats, chunk, before_step)
+        self._turns = turns or Turns()
+        self._state = TokenState(model, ledger.meter.clock, chunk, before_step)
 
     def mark(self) -> list[int]:
         """Keep what it takes to feed other tokens behind those that were fed so far, and these
@@ -110,9 +136,13 @@ class Session:
     ) -> Iterator[Piece]:
         """Answer a prompt (text, ids or messages) piece by piece.
 
-        `progress(done, total)` counts prompt tokens; `should_stop` is asked between tokens and
-        prompt chunks. Raises PromptError when the prompt does not fit the context.
+        The answer begins with the first piece that is asked for: it then waits for its turn, and
+        has it until the last piece, or until the iterator is closed or dropped.
+        `progress(done, total)` counts prompt tokens; `should_stop` is asked while waiting, between
+        tokens and between the layers of a prompt. Raises PromptError when the prompt does not fit
+        the context, and FlashMoEError once the model is closed.
         """
+        self._turns.check_open()
         check_max_tokens(max_new_tokens)
         ids = encode_prompt(self._tokenizer, prompt, system=system, template=template)
         if len(ids) > self._context:
@@ -124,6 +154,27 @@ class Session:
 
     def _pieces(
         self,
+        ids: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        progress: Progress | None,
+        should_stop: Callable[[], bool],
+    ) -> Iterator[Piece]:
+        report = Report()
+        try:
+            turn = self._turns.take(should_stop)
+        except GivenUp:
+            yield Piece("", None, "interrupt", report)
+            return
+        with turn:
+            yield from self._answer(
+                turn, report, ids, max_new_tokens, sampling, progress, should_stop
+            )
+
+    def _answer(
+        self,
+        turn: Turn,
+        report: Report,
         ids: Sequence[int],
         max_new_tokens: int,
         sampling: Sampling,
@@ -144,7 +195,9 @@ class Session:
             sampler=sampling.sampler(len(self._tokenizer)),
             max_tokens=budget,
             stop_ids=stop_ids,
-            stats=self._stats,
+            ledger=self._ledger,
+            report=report,
+            turn=turn,
             progress=progress,
             should_stop=should_stop,
         ):
@@ -153,8 +206,8 @@ class Session:
                 reason = "stop"
                 break
             detokenizer.add_token(token)
-            yield Piece(detokenizer.last_segment, token)
+            yield Piece(detokenizer.last_segment, token, None, report)
         if reason != "stop" and count == budget:
             reason = "length"
         detokenizer.finalize()
-        yield Piece(detokenizer.last_segment, None, reason)
+        yield Piece(detokenizer.last_segment, None, reason, report)

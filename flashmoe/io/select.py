@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from flashmoe import native
 from flashmoe.base.errors import OptionError
 from flashmoe.io.depth import DEFAULT_THREADS, Depth
-from flashmoe.io.files import uncached_problem
 from flashmoe.io.mapped import MmapReader
 from flashmoe.io.native import NativeReader
 from flashmoe.io.reader import Reader
@@ -84,23 +82,31 @@ def open_reader(settings: ReadSettings | str = "auto", *, page_cache: bool = Tru
 
 
 def choose_page_cache(
-    page_cache: bool | None, reader: str, path: Path, file_bytes: int, free_bytes: int
-) -> bool:
-    """Whether to read through the page cache.
+    page_cache: bool | None,
+    reader: str,
+    problem: str | None,
+    *,
+    file_bytes: int,
+    free_bytes: int,
+) -> tuple[bool, str]:
+    """Whether to read through the page cache, and why.
 
     None means: unless the `file_bytes` that will be read again and again do not fit into
-    `free_bytes`, and the file system of `path`, one of the files, can do without.
-    Raises OptionError when the page cache is refused and the file system needs it, and
-    ReadError when the file cannot be opened.
+    `free_bytes`, and the file system can do without (`problem` says why it cannot). Raises
+    OptionError when the page cache is refused and the reader or the file system needs it.
     """
-    if page_cache is True or resolve_reader(reader, page_cache) == "mmap":
-        return True
+    mapped = resolve_reader(reader, page_cache) == "mmap"
+    if page_cache is True or mapped:
+        return True, "memory maps need it" if mapped else "as asked"
     if page_cache is None:
-        return file_bytes <= free_bytes or uncached_problem(path) is not None
-    problem = uncached_problem(path)
+        if file_bytes <= free_bytes:
+            return True, "all records fit into the memory that is left"
+        if problem is not None:
+            return True, f"the file system cannot do without: {problem}"
+        return False, "the records do not fit into the memory that is left"
     if problem is not None:
         raise OptionError(
-            f"{path} is on a file system that reads only through the page cache ({problem}): "
+            f"the store is on a file system that reads only through the page cache ({problem}): "
             "leave the page cache on, or move the store"
         )
-    return False
+    return False, "as asked"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +34,34 @@ class KernelStatus:
     note: str
 
 
+def missing_kernels() -> dict[str, str | None]:
+    """Of each kernel, why it cannot run here; None when it can."""
+    return {name: _missing(name) for name in _KERNELS}
+
+
+def choose_kernel(name: str, missing: Mapping[str, str | None], *, on_cpu: bool) -> tuple[str, str]:
+    """The kernel that `name` stands for, and why it is that one.
+
+    "auto" takes the kernel written for the device that MLX computes on, or the reference where
+    that cannot run (`missing` says why). Raises OptionError for one that does not exist or run.
+    """
+    if name != "auto":
+        if name not in missing:
+            raise OptionError(f"kernel must be one of {kernel_names()}, not {name!r}")
+        problem = missing[name]
+        if problem is not None:
+            raise OptionError(f"kernel {name} is not there: {problem}")
+        return name, "as asked"
+    own = "cpu" if on_cpu else "metal"
+    problem = missing[own]
+    if problem is None:
+        return own, "written for the device that MLX computes on"
+    return "reference", f"MLX's own operations, because {own} cannot run: {problem}"
+
+
 def auto_kernel() -> str:
-    """What `auto` means: the kernels written for the device that MLX computes on, where they
-    can run."""
-    name = "cpu" if mx.default_device() == mx.cpu else "metal"
-    return name if _missing(name) is None else "reference"
+    """What `auto` means here."""
+    return resolve_kernel()
 
 
 def kernel_names() -> list[str]:
@@ -59,13 +83,7 @@ def resolve_kernel(name: str = "auto") -> str:
 
     Raises OptionError for one that does not exist, or cannot run, on this machine.
     """
-    chosen = auto_kernel() if name == "auto" else name
-    if chosen not in _KERNELS:
-        raise OptionError(f"kernel must be one of {kernel_names()}, not {name!r}")
-    missing = _missing(chosen)
-    if missing is not None:
-        raise OptionError(f"kernel {chosen} is not there: {missing}")
-    return chosen
+    return choose_kernel(name, missing_kernels(), on_cpu=mx.default_device() == mx.cpu)[0]
 
 
 def select_kernel(name: str = "auto", folder: Path | None = None) -> ExpertKernel:

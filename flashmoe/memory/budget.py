@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from flashmoe.bank.slot_memory import slot_bytes, staging_bytes
 from flashmoe.base.errors import MemoryBudgetError
 from flashmoe.base.units import format_size
-from flashmoe.store.layout import LayerLayout
-from flashmoe.store.manifest import Manifest
+from flashmoe.store.layout import LayerLayout, TensorSpec
 
 # Tokens of a prompt that are fed at once.
 LEAST_CHUNK_TOKENS = 256
@@ -28,10 +27,10 @@ PROMPT_SHARE = 1 / 8
 # The allocator's slack and what libraries allocate after start-up.
 SLACK_BYTES = 32 * 10**6
 # MLX keeps freed buffers for reuse: up to this share of the total, within these bounds.
-REUSE_SHARE = 1 / 32
-LEAST_REUSE_BYTES = 16 * 10**6
-MOST_REUSE_BYTES = 512 * 10**6
-# By which a process can start out larger the next time.
+MLX_CACHE_SHARE = 1 / 32
+LEAST_MLX_CACHE_BYTES = 16 * 10**6
+MOST_MLX_CACHE_BYTES = 512 * 10**6
+# Run-to-run variation of the process's size at start.
 JITTER_BYTES = 8 * 10**6
 
 
@@ -62,8 +61,9 @@ class PromptPlan:
 class MemoryPlan:
     """Where every byte goes; `total_bytes` is None when only the bank's size was given.
 
-    `prompts` is how prompts are fed, with its scratch and staging. `lent_bytes` of `kv_bytes`
-    are in the bank until the KV cache needs them.
+    `prompts` is how prompts are fed, with its scratch and staging; `mlx_cache_bytes` is what MLX
+    may keep of freed memory. `lent_bytes` of `kv_bytes` are in the bank until the KV cache needs
+    them. `least_total_bytes` is the smallest number that would fit.
     """
 
     total_bytes: int | None
@@ -71,11 +71,12 @@ class MemoryPlan:
     resident_bytes: int
     kv_bytes: int
     prompts: PromptPlan
-    reuse_bytes: int
+    mlx_cache_bytes: int
     slots: tuple[int, ...]
     bank_bytes: int
     least_bank_bytes: int
     most_bank_bytes: int
+    least_total_bytes: int
     lent_bytes: int = 0
 
     @property
@@ -85,9 +86,28 @@ class MemoryPlan:
             + self.resident_bytes
             + self.kv_bytes
             + self.prompts.nbytes
-            + self.reuse_bytes
+            + self.mlx_cache_bytes
             + self.bank_bytes
             - self.lent_bytes
+        )
+
+    @property
+    def fits(self) -> bool:
+        """Whether everything fits into the number, or no number was given."""
+        return self.total_bytes is None or self.planned_bytes <= self.total_bytes
+
+    def check(self) -> None:
+        """Raise MemoryBudgetError, naming the least that would fit, when this does not fit."""
+        if self.fits or self.total_bytes is None:
+            return
+        scratch = self.prompts.nbytes + self.mlx_cache_bytes
+        raise MemoryBudgetError(
+            f"{format_size(self.total_bytes)} of memory is not enough: process "
+            f"{format_size(self.process_bytes)} + resident weights "
+            f"{format_size(self.resident_bytes)} + KV cache {format_size(self.kv_bytes)} + "
+            f"scratch {format_size(scratch)} + bank {format_size(self.bank_bytes)}; "
+            f"the least that fits is {_ceil_size(self.least_total_bytes)}",
+            self.least_total_bytes,
         )
 
 
@@ -99,14 +119,12 @@ def layer_demands(layers: Sequence[LayerLayout], widen: bool) -> list[LayerDeman
     ]
 
 
-def resident_bytes(manifest: Manifest, widen: bool) -> int:
+def resident_bytes(tensors: Iterable[TensorSpec], widen: bool) -> int:
     """Memory of the resident weights, 16-bit floats counted as float32 when widened."""
-    total = 0
-    for shard in manifest.resident:
-        for tensor in shard.tensors:
-            doubled = widen and tensor.dtype in ("F16", "BF16")
-            total += tensor.nbytes * (2 if doubled else 1)
-    return total
+    return sum(
+        tensor.nbytes * (2 if widen and tensor.dtype in ("F16", "BF16") else 1)
+        for tensor in tensors
+    )
 
 
 def all_staging_bytes(layers: Sequence[LayerLayout], widen: bool) -> int:
@@ -170,16 +188,27 @@ def prompt_plans(
     ]
 
 
-def choose_prompts(plans: Sequence[PromptPlan], spare_bytes: int | None) -> PromptPlan:
-    """The last of `plans` that takes at most its share of `spare_bytes` more than the first does.
+def choose_prompts(plans: Sequence[PromptPlan], spare_bytes: int | None) -> int:
+    """Which of `plans`: the last one that takes at most its share of `spare_bytes` more than the
+    first does.
 
     Without a number to stay under (None) it is the last one with the first one's chunk.
     """
     first = plans[0]
     if spare_bytes is None:
-        return [plan for plan in plans if plan.chunk_tokens == first.chunk_tokens][-1]
+        return max(i for i, plan in enumerate(plans) if plan.chunk_tokens == first.chunk_tokens)
     most_bytes = first.nbytes + int(max(spare_bytes, 0) * PROMPT_SHARE)
-    return [plan for plan in plans if plan is first or plan.nbytes <= most_bytes][-1]
+    return max(i for i, plan in enumerate(plans) if i == 0 or plan.nbytes <= most_bytes)
+
+
+def most_beside(plans: Sequence[PromptPlan], chosen: int) -> int | None:
+    """The most that the bank may have beyond one token's needs as long as prompts are fed by plan
+    `chosen`: what it will have when memory first suffices for the next one. None: no bound.
+
+    Without this, a little more memory could buy larger prompts and leave a smaller bank.
+    """
+    larger = [plan.nbytes - plans[0].nbytes for plan in plans[chosen + 1 :]]
+    return min((math.ceil(more / PROMPT_SHARE) - more for more in larger), default=None)
 
 
 def share_slots(demands: Sequence[LayerDemand], bank_bytes: int) -> tuple[int, ...]:
@@ -209,11 +238,13 @@ def share_slots(demands: Sequence[LayerDemand], bank_bytes: int) -> tuple[int, .
     return tuple(slots)
 
 
-def reuse_bytes(total_bytes: int | None) -> int:
+def mlx_cache_bytes(total_bytes: int | None) -> int:
     """How much freed memory MLX may keep; the process counts it as its own."""
     if total_bytes is None:
-        return MOST_REUSE_BYTES
-    return round(min(max(total_bytes * REUSE_SHARE, LEAST_REUSE_BYTES), MOST_REUSE_BYTES))
+        return MOST_MLX_CACHE_BYTES
+    return round(
+        min(max(total_bytes * MLX_CACHE_SHARE, LEAST_MLX_CACHE_BYTES), MOST_MLX_CACHE_BYTES)
+    )
 
 
 def least_bank_bytes(demands: Sequence[LayerDemand]) -> int:
@@ -241,53 +272,48 @@ def plan_memory(
 
     Of `kv_bytes`, the bank has `lendable_bytes` as long as they are not needed, but for what
     it cannot give back: one token's needs. `prompts` are the ways to feed prompts, the least
-    demanding first.
+    demanding first. More memory never makes a smaller bank. The plan says itself whether it fits.
 
-    Raises MemoryBudgetError, naming the least that would fit, when something does not.
+    Raises MemoryBudgetError, naming the least that would fit, when `bank_bytes` is below one
+    token's needs.
     """
     least = least_bank_bytes(demands)
-    reuse = reuse_bytes(total_bytes)
+    mlx_cache = mlx_cache_bytes(total_bytes)
+    beside = process_bytes + resident_bytes + kv_bytes
     spare = None
     if total_bytes is not None:
-        needed = process_bytes + resident_bytes + kv_bytes + reuse + prompts[0].nbytes
+        needed = beside + mlx_cache + prompts[0].nbytes
         spare = total_bytes - needed - (least if bank_bytes is None else bank_bytes)
-    chosen = choose_prompts(prompts, spare)
+    number = choose_prompts(prompts, spare)
+    chosen = prompts[number]
     lent = 0
     if bank_bytes is not None:
         slots = share_slots(demands, bank_bytes)
     elif total_bytes is None:
         slots = tuple(demand.most for demand in demands)
     else:
-        fixed = process_bytes + resident_bytes + kv_bytes + chosen.nbytes + reuse
-        rest = total_bytes - fixed
+        rest = total_bytes - beside - chosen.nbytes - mlx_cache
         slots = tuple(demand.least for demand in demands)
         if rest >= least:
-            slots = share_slots(demands, rest + lendable_bytes)
+            bound = most_beside(prompts, number)
+            room = rest if bound is None else min(rest, least + bound)
+            slots = share_slots(demands, room + lendable_bytes)
             lent = max(0, _slots_bytes(slots, demands) - rest)
-    used = _slots_bytes(slots, demands)
-    plan = MemoryPlan(
+    smallest = least if bank_bytes is None else _slots_bytes(slots, demands)
+    return MemoryPlan(
         total_bytes,
         process_bytes,
         resident_bytes,
         kv_bytes,
         chosen,
-        reuse,
+        mlx_cache,
         slots,
-        used,
+        _slots_bytes(slots, demands),
         least,
         most_bank_bytes(demands),
+        _total_for(beside + prompts[0].nbytes + smallest) + JITTER_BYTES,
         lent,
     )
-    if total_bytes is not None and plan.planned_bytes > total_bytes:
-        enough = _total_for(plan.planned_bytes - reuse) + JITTER_BYTES
-        raise MemoryBudgetError(
-            f"{format_size(total_bytes)} of memory is not enough: process "
-            f"{format_size(process_bytes)} + resident weights {format_size(resident_bytes)} + "
-            f"KV cache {format_size(kv_bytes)} + scratch {format_size(chosen.nbytes + reuse)} + "
-            f"bank {format_size(used)}; the least that fits is {_ceil_size(enough)}",
-            enough,
-        )
-    return plan
 
 
 def _slots_bytes(slots: Sequence[int], demands: Sequence[LayerDemand]) -> int:
@@ -296,8 +322,10 @@ def _slots_bytes(slots: Sequence[int], demands: Sequence[LayerDemand]) -> int:
 
 def _total_for(fixed_bytes: int) -> int:
     """The smallest total that covers `fixed_bytes` and its own share for reuse."""
-    growing = max(fixed_bytes + LEAST_REUSE_BYTES, math.ceil(fixed_bytes / (1 - REUSE_SHARE)))
-    return min(growing, fixed_bytes + MOST_REUSE_BYTES) + 1
+    growing = max(
+        fixed_bytes + LEAST_MLX_CACHE_BYTES, math.ceil(fixed_bytes / (1 - MLX_CACHE_SHARE))
+    )
+    return min(growing, fixed_bytes + MOST_MLX_CACHE_BYTES) + 1
 
 
 def _ceil_size(size_bytes: int) -> str:

@@ -12,8 +12,9 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from flashmoe.bank.arrivals import reads_apart
 from flashmoe.bank.bank import LayerBank
-from flashmoe.bank.stats import Stats
+from flashmoe.bank.meter import Meter
 from flashmoe.base.clock import PhaseClock
 from flashmoe.base.errors import StoreError
 from flashmoe.checkpoint.architecture import (
@@ -33,6 +34,7 @@ from flashmoe.store.reader import Store
 from flashmoe.streaming.experts import StreamedExperts
 from flashmoe.streaming.prefetcher import Predict, Prefetcher, Trial
 from flashmoe.streaming.prefill import ExpertPrefill, Staging
+from flashmoe.streaming.watch import LayerWatch
 
 
 @dataclass(frozen=True)
@@ -43,24 +45,7 @@ class StreamingModel:
     layers: tuple[StreamedExperts, ...]
     banks: tuple[LayerBank, ...]
     staging: tuple[Staging, ...]
-
-    @property
-    def can_prefetch(self) -> bool:
-        """Whether predictions about any layer's experts would be of use."""
-        return any(
-            layer.reads_apart and bank.can_prefetch
-            for layer, bank in zip(self.layers, self.banks[1:], strict=False)
-        )
-
-    def prefetch_by(self, predictions: Sequence[Predict | None]) -> None:
-        """Have layers prefetch what they predict of the next one, where its bank has room."""
-        trial = Trial(disturbed=self._warm_starting)
-        for layer, predicted, bank in zip(self.layers, predictions, self.banks[1:], strict=False):
-            if predicted is not None and layer.reads_apart and bank.can_prefetch:
-                layer.prefetcher = Prefetcher(predicted, bank, trial)
-
-    def _warm_starting(self) -> bool:
-        return any(bank.warm_starting for bank in self.banks)
+    watch: LayerWatch
 
     def slots(self) -> list[int]:
         """How many slots each layer's bank has."""
@@ -161,67 +146,100 @@ def use_native_attention(model: nn.Module, clock: PhaseClock | None = None) -> N
     replace_attention(model, partial(attend, clock=clock))
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How records are read: `decode` reads those of single tokens, `prefill` those of prompts
+    (into staging groups of `group_records`; without any, prompts go through the banks)."""
+
+    decode: Reader
+    prefill: Reader
+    group_records: int
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which kernels run over slots: for single tokens, and for prompts."""
+
+    decode: ExpertKernel
+    prefill: ExpertKernel
+
+    def bind(
+        self, spec: ExpertSpec, weights: Mapping[str, mx.array]
+    ) -> tuple[ExpertForward, ExpertForward]:
+        """Both over these arrays."""
+        return self.decode(weights, spec), self.prefill(weights, spec)
+
+
 def stream_experts(
     model: nn.Module,
     store: Store,
+    layers: Sequence[LayerLayout],
     *,
     slots: Sequence[int],
-    group_records: int,
-    reader: Reader,
-    kernel: ExpertKernel,
-    prompt_kernel: ExpertKernel,
-    stats: Stats,
+    reading: Reading,
+    kernels: Kernels,
+    meter: Meter,
     widen: bool,
-    prefill_reader: Reader | None = None,
+    predict: Sequence[Predict | None] = (),
 ) -> StreamingModel:
     """Replace every routed-expert module of `model` with one over a bank of its own.
 
-    With `group_records`, prompts go through staging groups of that size, which layers of one
-    record layout share and `prefill_reader` (by default `reader`) reads into; without any, they
-    go through the banks.
+    `layers` are the store's, with the top-k that the model runs with, `slots` what each bank has.
+    `predict` gives, per layer, what predicts the next one's experts; None where nothing does.
+    Staging groups are shared by the layers of one record layout.
     """
-    modules = expert_modules(model)
-    banks = []
-    stagings: dict[RecordLayout, Staging] = {}
-    streamed: dict[str, StreamedExperts] = {}
-    for layer, n_slots in zip(store.manifest.layers, slots, strict=True):
-        layout = layer.layout
-        module = modules[layout.path]
-        bank = LayerBank(
+    banks = tuple(
+        LayerBank(
             store,
-            layout,
-            reader,
-            stats,
+            layer,
+            reading.decode,
+            meter,
             n_slots=n_slots,
             widen=widen,
-            most_slots=layout.n_experts,
+            most_slots=layer.n_experts,
         )
-        spec = _spec(layout, module)
-        bind = partial(_bind, kernel, prompt_kernel, spec)
+        for layer, n_slots in zip(layers, slots, strict=True)
+    )
+    prefetchers = _prefetchers(banks, predict)
+    modules = expert_modules(model)
+    watch = LayerWatch()
+    stagings: dict[RecordLayout, Staging] = {}
+    streamed: dict[str, StreamedExperts] = {}
+    for number, (layer, bank) in enumerate(zip(layers, banks, strict=True)):
+        module = modules[layer.path]
+        spec = _spec(layer, module)
         prefill = None
-        if group_records:
-            if layout.record not in stagings:
-                stagings[layout.record] = Staging(layout.record, group_records, widen)
-            staging = stagings[layout.record]
-            forwards = [prompt_kernel(group.weights, spec) for group in staging.groups]
-            path = store.file(layout.file)
-            prefill = ExpertPrefill(
-                path, layout, prefill_reader or reader, stats, bank, staging, forwards
-            )
-        children = extra_children(module)
-        streamed[layout.path] = StreamedExperts(bank, bind, stats, children, prefill)
-        banks.append(bank)
+        if reading.group_records:
+            if layer.record not in stagings:
+                stagings[layer.record] = Staging(layer.record, reading.group_records, widen)
+            staging = stagings[layer.record]
+            forwards = [kernels.prefill(group.weights, spec) for group in staging.groups]
+            path = store.file(layer.file)
+            prefill = ExpertPrefill(path, layer, reading.prefill, meter, bank, staging, forwards)
+        streamed[layer.path] = StreamedExperts(
+            bank,
+            partial(kernels.bind, spec),
+            meter,
+            extra_children(module),
+            prefill,
+            prefetchers[number],
+            watch,
+            number,
+        )
     replace_modules(model, streamed)
-    return StreamingModel(model, tuple(streamed.values()), tuple(banks), tuple(stagings.values()))
+    return StreamingModel(model, tuple(streamed.values()), banks, tuple(stagings.values()), watch)
 
 
-def _bind(
-    kernel: ExpertKernel,
-    prompt_kernel: ExpertKernel,
-    spec: ExpertSpec,
-    weights: Mapping[str, mx.array],
-) -> tuple[ExpertForward, ExpertForward]:
-    return kernel(weights, spec), prompt_kernel(weights, spec)
+def _prefetchers(
+    banks: Sequence[LayerBank], predict: Sequence[Predict | None]
+) -> list[Prefetcher | None]:
+    """Per layer, what prefetches into the next one's bank, where that is of use."""
+    trial = Trial(disturbed=lambda: any(bank.warm_starting for bank in banks))
+    found: list[Prefetcher | None] = [None] * len(banks)
+    for number, (predicted, here, after) in enumerate(zip(predict, banks, banks[1:], strict=False)):
+        if predicted is not None and reads_apart(here.record_bytes) and after.can_prefetch:
+            found[number] = Prefetcher(predicted, after, trial)
+    return found
 
 
 def _spec(layout: LayerLayout, module: nn.Module) -> ExpertSpec:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from flashmoe.bank.arrivals import APART_BYTES
+from flashmoe.bank.arrivals import reads_apart
 from flashmoe.io.depth import LARGEST_PIECE_BYTES, Depth
 from flashmoe.io.files import uncached_problem
 from flashmoe.io.select import ReadSettings, open_reader
@@ -85,7 +85,7 @@ def decode_pattern(store: Store, files: RecordFiles) -> Pattern:
     """Half of a token's experts, as a warm bank may miss them."""
     top_k = max(layer.layout.top_k for layer in store.manifest.layers)
     batch = min(-(-top_k // 2), files.records)
-    return Pattern("decode", batch, in_order=False, apart=files.record.stride >= APART_BYTES)
+    return Pattern("decode", batch, in_order=False, apart=reads_apart(files.record.stride))
 
 
 def prefill_pattern(files: RecordFiles) -> Pattern:

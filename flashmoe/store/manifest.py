@@ -6,7 +6,7 @@ Its presence means that the store is complete.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from flashmoe.store.layout import LayerLayout, Quantization, TensorSpec, safetensors_header
@@ -69,11 +69,6 @@ class Manifest:
     resident: tuple[ResidentFile, ...]
     layers: tuple[LayerFile, ...]
     copied: dict[str, str]
-
-    def with_top_k(self, count: int) -> Manifest:
-        """The manifest of the same store for a model that routes to `count` experts."""
-        layers = (replace(file, layout=replace(file.layout, top_k=count)) for file in self.layers)
-        return replace(self, layers=tuple(layers))
 
     @property
     def resident_bytes(self) -> int:

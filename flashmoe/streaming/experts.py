@@ -10,13 +10,14 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe.bank.arrivals import APART_BYTES
+from flashmoe.bank.arrivals import reads_apart
 from flashmoe.bank.bank import LayerBank
-from flashmoe.bank.stats import Stats
+from flashmoe.bank.meter import Meter
 from flashmoe.base.errors import FlashMoEError
 from flashmoe.kernels.contract import ExpertForward
 from flashmoe.streaming.prefetcher import Prefetcher
 from flashmoe.streaming.prefill import ExpertPrefill
+from flashmoe.streaming.watch import LayerWatch
 
 # A bank's arrays as the kernels for single tokens and for prompts see them.
 Bind = Callable[[Mapping[str, mx.array]], tuple[ExpertForward, ExpertForward]]
@@ -28,17 +29,20 @@ class StreamedExperts(nn.Module):
     `x` [..., d_in], `indices` [..., k] -> [..., k, d_out] in x's dtype. `children` are the
     resident parts of the replaced module (activation, norms), kept under their names. What
     needs more experts than one token does goes through `prefill`, or without one through the bank,
-    and meets the second of the kernels that `bind` gives. `observer`, when set, is called with
-    each call's routed experts [..., k].
+    and meets the second of the kernels that `bind` gives. `prefetcher` reads what the next layer
+    may need. `watch` is told of what this layer, the one of that `number`, does.
     """
 
     def __init__(
         self,
         bank: LayerBank,
         bind: Bind,
-        stats: Stats,
+        meter: Meter,
         children: Mapping[str, Any],
         prefill: ExpertPrefill | None = None,
+        prefetcher: Prefetcher | None = None,
+        watch: LayerWatch | None = None,
+        number: int = 0,
     ) -> None:
         super().__init__()
         for name, child in children.items():
@@ -46,32 +50,31 @@ class StreamedExperts(nn.Module):
         self._bank = bank
         self._bind = bind
         self._forwards: tuple[ExpertForward, ExpertForward] | None = bind(bank.memory.weights)
-        self._stats = stats
+        self._clock = meter.clock
         self._prefill = prefill
         # How often single tokens used each expert.
         self._uses = np.zeros(bank.n_experts, np.int64)
-        # Set where the next layer's experts can be prefetched.
-        self.prefetcher: Prefetcher | None = None
-        self.observer: Callable[[npt.NDArray[Any]], None] | None = None
+        self._prefetcher = prefetcher
+        self.watch = watch or LayerWatch()
+        self._number = number
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         y = self._call(x, indices)
-        if self._stats.after_layer is not None:
-            self._stats.after_layer()
+        if self.watch.done is not None:
+            self.watch.done()
         return y
 
     def _call(self, x: mx.array, indices: mx.array) -> mx.array:
         one_token = indices.size == indices.shape[-1]
-        predicted = (
-            self.prefetcher.predict(x) if self.prefetcher is not None and one_token else None
-        )
+        prefetcher = self._prefetcher
+        predicted = prefetcher.predict(x) if prefetcher is not None and one_token else None
         # The readback: once these are here, everything this layer's routing depends on has run.
-        with self._stats.clock.during("computing"):
+        with self._clock.during("computing"):
             if predicted is not None:
                 mx.eval(indices, predicted)
             experts = np.array(indices)
-        if self.observer is not None:
-            self.observer(experts)
+        if self.watch.routed is not None:
+            self.watch.routed(self._number, experts)
         distinct = np.unique(experts)
         if len(distinct) > self._bank.group:
             if self._prefill is not None:
@@ -79,7 +82,7 @@ class StreamedExperts(nn.Module):
             return self._run_grouped(x, experts, distinct)
         if one_token:
             self._uses[distinct] += 1
-        if one_token and self.reads_apart:
+        if one_token and reads_apart(self._bank.record_bytes):
             y = self._run_overlapped(x, experts, predicted)
         else:
             y = self._run(x, experts, distinct)
@@ -108,11 +111,6 @@ class StreamedExperts(nn.Module):
             if not in_place:
                 self._forwards = self._bind(self._bank.memory.weights)
 
-    @property
-    def reads_apart(self) -> bool:
-        """Whether computing and reading overlap: records are large enough."""
-        return self._bank.record_bytes >= APART_BYTES
-
     def close(self) -> None:
         """Give the bank's memory back; calls raise FlashMoEError afterwards."""
         self._forwards = None
@@ -133,8 +131,8 @@ class StreamedExperts(nn.Module):
         """
         flat: list[int] = experts.reshape(-1).tolist()
         with self._bank.request(flat, apart=True) as arrivals:
-            if predicted is not None and self.prefetcher is not None:
-                self.prefetcher.prefetch(predicted)
+            if predicted is not None and self._prefetcher is not None:
+                self._prefetcher.prefetch(predicted)
             ready = self._bank.resident(flat)
             if len(ready) == len(flat):
                 return self._compute(x, self._bank.slots_of(experts))
@@ -158,7 +156,7 @@ class StreamedExperts(nn.Module):
         self, x: mx.array, slots: npt.NDArray[np.int32], *, prompt: bool = False
     ) -> mx.array:
         forward = self._forward(prompt=prompt)
-        with self._stats.clock.during("experts"):
+        with self._clock.during("experts"):
             return forward(x, slots)
 
     def _run_grouped(
@@ -179,7 +177,7 @@ class StreamedExperts(nn.Module):
             table = self._bank.acquire(group.tolist())
             slots = table[flat[order[begin:end], None]]
             y = self._compute(rows[mx.array(token_of[begin:end])], slots, prompt=True)
-            with self._stats.clock.during("experts"):
+            with self._clock.during("experts"):
                 mx.eval(y)
             parts.append(y.squeeze(-2))
         restore = np.empty_like(order)

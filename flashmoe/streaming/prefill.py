@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe.bank.bank import LayerBank
+from flashmoe.bank.meter import Meter
 from flashmoe.bank.slot_memory import SlotMemory
 from flashmoe.bank.slot_table import ABSENT
-from flashmoe.bank.stats import Stats
 from flashmoe.base.dtypes import array_bytes, shared_bytes
 from flashmoe.io.reader import Reader, ReadRequest, Ticket
 from flashmoe.kernels.contract import ExpertForward
@@ -120,7 +120,7 @@ class ExpertPrefill:
         path: Path,
         layer: LayerLayout,
         reader: Reader,
-        stats: Stats,
+        meter: Meter,
         bank: LayerBank,
         staging: Staging,
         forwards: Sequence[ExpertForward],
@@ -128,7 +128,7 @@ class ExpertPrefill:
         self._path = path
         self._layer = layer
         self._reader = reader
-        self._stats = stats
+        self._counters, self._clock = meter.counters, meter.clock
         self._bank = bank
         self._staging = staging
         self._forwards = forwards
@@ -177,10 +177,10 @@ class ExpertPrefill:
         return y.reshape(*indices.shape, y.shape[-1])
 
     def _count(self, n_experts: int, n_missing: int) -> None:
-        self._stats.hits += n_experts - n_missing
-        self._stats.misses += n_missing
-        self._stats.bytes_demanded += n_experts * self._layer.record.stride
-        self._stats.bytes_absent += n_missing * self._layer.record.stride
+        self._counters.hits += n_experts - n_missing
+        self._counters.misses += n_missing
+        self._counters.bytes_demanded += n_experts * self._layer.record.stride
+        self._counters.bytes_absent += n_missing * self._layer.record.stride
 
     def _submit(self, experts: Ints, number: int) -> Ticket:
         """Begin to read a run of records, one after the other on disk, into a staging group."""
@@ -195,11 +195,11 @@ class ExpertPrefill:
         )
 
     def _wait(self, ticket: Ticket, n_records: int, number: int) -> None:
-        with self._stats.clock.during("reading"):
+        with self._clock.during("reading"):
             ticket.wait()
             for slot in range(n_records):
                 self._staging.groups[number % N_GROUPS].settle(slot, slot)
-        self._stats.bytes_read += n_records * self._layer.record.stride
+        self._counters.bytes_read += n_records * self._layer.record.stride
 
     def _compute(
         self,
@@ -209,7 +209,7 @@ class ExpertPrefill:
         slots: npt.NDArray[np.int32],
         forward: ExpertForward,
     ) -> None:
-        with self._stats.clock.during("experts"):
+        with self._clock.during("experts"):
             result.put(rows.pairs(run), np.repeat(slots, rows.counts[run])[:, None], forward)
 
     def _make_room(self, rows: RoutedRows, missing: Ints) -> set[int]:

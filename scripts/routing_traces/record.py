@@ -79,9 +79,11 @@ def record_routing(
         raise PromptError("there are no prompts to trace")
     _check_replaceable(out)
     manifest = model.store.manifest
-    layouts = [layer.layout for layer in manifest.layers]
-    layers = [TracedLayer(x.path, x.n_experts, x.top_k, x.record.stride) for x in layouts]
-    before = model.stats()
+    layers = [
+        TracedLayer(layer.path, layer.n_experts, layer.top_k, layer.record.stride)
+        for layer in model.plan.facts.layers
+    ]
+    before = model.totals()
     with TraceWriter(out, manifest.model_type, layers) as writer:
         recorder = RoutingRecorder(writer, len(layers))
         model.observe_routing(recorder.observe)
@@ -96,7 +98,7 @@ def record_routing(
         trace=str(out),
         prompts=len(prompts),
         tokens=recorder.tokens,
-        prompt_tokens=model.stats().since(before).prompt_tokens,
+        prompt_tokens=model.totals().since(before).prompt_tokens,
         layers=len(layers),
         accesses=recorder.tokens * sum(layer.top_k for layer in layers),
         file_bytes=out.stat().st_size,

@@ -3,8 +3,8 @@
 import pytest
 
 from flashmoe.bank.bank import LayerBank
+from flashmoe.bank.meter import Meter
 from flashmoe.bank.slot_table import ABSENT
-from flashmoe.bank.stats import Stats
 from flashmoe.base.dtypes import array_bytes
 from flashmoe.store.reader import open_store
 from tests.support.reader_cases import POOLS
@@ -19,7 +19,7 @@ def test_an_interrupt_before_the_wait(tmp_path, monkeypatch, pool):
     write_store(tmp_path / "store", [(layout, contents)], resident_contents())
     reader = POOLS[pool](1, delayed_preadv(1))
     bank = LayerBank(
-        open_store(tmp_path / "store"), layout, reader, Stats(), n_slots=3, widen=False
+        open_store(tmp_path / "store"), layout, reader, Meter(), n_slots=3, widen=False
     )
     tickets = []
     submit = reader.submit

@@ -18,8 +18,8 @@ from flashmoe import FlashMoEError, FlashMoEModel, native
 from flashmoe.bank import slot_memory
 from flashmoe.bank.bank import LayerBank
 from flashmoe.bank.eviction import LFU, LRU, Policy
+from flashmoe.bank.meter import Meter
 from flashmoe.bank.slot_memory import SlotMemory
-from flashmoe.bank.stats import Stats
 from flashmoe.base import machine
 from flashmoe.base.dtypes import array_bytes
 from flashmoe.io.reader import Reader
@@ -70,7 +70,7 @@ def make_bank(
 ) -> LayerBank:
     most = N_EXPERTS if way == "in place" else None
     bank = LayerBank(
-        store, LAYOUT, reader, Stats(), n_slots=n_slots, widen=widen, policy=policy, most_slots=most
+        store, LAYOUT, reader, Meter(), n_slots=n_slots, widen=widen, policy=policy, most_slots=most
     )
     assert bank.memory.resizes_in_place(N_EXPERTS) == (way == "in place")
     return bank
@@ -310,7 +310,7 @@ def test_results_never_change(
     outputs = []
     for resizes in (False, True):
         with FlashMoEModel(open_store(checkpoints(family)), cache="1GB", kernel=kernel) as model:
-            streaming = model._running()
+            streaming = model._running.streaming
             cache = make_prompt_cache(model.model)
             least = [bank.group for bank in streaming.banks]
             most = list(model.memory_plan.slots)

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 import flashmoe
 from flashmoe import FlashMoEModel, ReadError
 from flashmoe.bank.bank import LayerBank
-from flashmoe.engine import api
+from flashmoe.engine import build
 from flashmoe.io.reader import Priority, ReadRequest, Ticket
 from flashmoe.io.threads import ThreadReader
 from flashmoe.memory.budget import layer_demands
@@ -227,10 +227,10 @@ class HeldTicket:
 @compiled
 def test_a_prompt_reads_nothing_twice(demo_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = Holding()
-    monkeypatch.setattr(api, "open_reader", lambda name, page_cache: reader)
+    monkeypatch.setattr(build, "open_reader", lambda name, page_cache: reader)
     with FlashMoEModel.from_pretrained(demo_store, cache="1GB", kernel="cpu") as model:
         assert model.memory_plan.prompts.group_records > 0
-        model._streaming.warm_start([list(range(32))] * 6)  # type: ignore[union-attr]
+        model._running.streaming.warm_start([list(range(32))] * 6)  # type: ignore[union-attr]
         assert len(reader.held) == 6 * (32 - model.store.manifest.layers[0].layout.top_k)
         model.generate("What does the word barn mean in a sentence about a farm?", 8)
         model.check_integrity()
@@ -240,13 +240,13 @@ def test_a_prompt_reads_nothing_twice(demo_store: Path, monkeypatch: pytest.Monk
 def outputs(store: Store, cache: str, experts: Sequence[Sequence[int]] | None) -> Any:
     with FlashMoEModel(store, cache=cache, kernel="cpu", dtype="float32") as model:
         if experts is not None:
-            model._streaming.warm_start(experts)  # type: ignore[union-attr]
+            model._running.streaming.warm_start(experts)  # type: ignore[union-attr]
         caches = make_prompt_cache(model.model)
         logits = [np.array(model.model(mx.array([list(range(9))]), cache=caches))]
         for token in (5, 90, 41, 7, 63, 12, 3):
             logits.append(np.array(model.model(mx.array([[token]]), cache=caches)))
             model.check_integrity()
-        return logits, model.stats()
+        return logits, model.totals()
 
 
 @compiled
@@ -258,7 +258,7 @@ def test_no_warm_start_changes_a_result(
     store = flashmoe.repack(tmp_path / "checkpoint", tmp_path / "store")
     expected, _ = outputs(store, "min", None)
     monkeypatch.setattr(
-        api, "open_reader", lambda name, page_cache: FaultyReader(ThreadReader(4), seed=3)
+        build, "open_reader", lambda name, page_cache: FaultyReader(ThreadReader(4), seed=3)
     )
     layouts = [layer.layout for layer in store.manifest.layers]
     draw = random.Random(2)

@@ -13,9 +13,9 @@ import mlx.core as mx
 import pytest
 
 from flashmoe import FlashMoEModel, native
-from flashmoe.bank.stats import Stats
 from flashmoe.base.clock import PhaseClock, Phases
-from flashmoe.engine import api
+from flashmoe.engine import build
+from flashmoe.generation.report import Ledger, Report
 from flashmoe.io.native import NativeReader
 from flashmoe.io.reader import Reader
 from flashmoe.io.threads import ThreadReader
@@ -57,20 +57,23 @@ def test_arithmetic() -> None:
 
 
 def test_a_part_that_fails_is_counted_too() -> None:
-    stats = Stats()
-    with pytest.raises(KeyboardInterrupt), stats.generating("prefill"):
+    ledger, report = Ledger(), Report()
+    with pytest.raises(KeyboardInterrupt), ledger.measuring(report, "prefill"):
         time.sleep(0.02)
         raise KeyboardInterrupt
-    assert stats.seconds.prefill >= stats.seconds.in_prefill.host >= 0.02
-    with stats.clock.during("reading"):
+    assert report.seconds.prefill >= report.seconds.in_prefill.host >= 0.02
+    assert ledger.totals().seconds == report.seconds
+    # Outside of an answer.
+    with ledger.meter.clock.during("reading"):
         time.sleep(0.02)
-    assert stats.seconds.in_decode.reading >= 0.02
-    assert stats.seconds.reading == stats.seconds.in_decode.reading
-    before = stats.copy()
-    with stats.clock.during("reading"):
+    before = ledger.totals()
+    assert before.seconds.in_decode.reading == before.seconds.phases.reading >= 0.02
+    with ledger.meter.clock.during("reading"):
         time.sleep(0.02)
-    assert stats.since(before).seconds.in_decode.reading >= 0.02
-    assert before.seconds.in_decode.reading < stats.seconds.in_decode.reading
+    after = ledger.totals()
+    assert after.since(before).seconds.in_decode.reading >= 0.02
+    assert before.seconds.in_decode.reading < after.seconds.in_decode.reading
+    assert report.seconds.in_decode == Phases()
 
 
 def explained(model: FlashMoEModel, prompt: Any, tokens: int) -> list[float]:
@@ -79,10 +82,10 @@ def explained(model: FlashMoEModel, prompt: Any, tokens: int) -> list[float]:
     pieces = model.stream(prompt, tokens, temperature=5.0, seed=2)
     next(pieces)
     for _ in range(tokens - 2):
-        before, started = model.stats(), time.perf_counter()
+        before, started = model.totals(), time.perf_counter()
         next(pieces)
         wall = time.perf_counter() - started
-        shares.append(model.stats().since(before).seconds.in_decode.total / wall)
+        shares.append(model.totals().since(before).seconds.in_decode.total / wall)
     return shares
 
 
@@ -91,7 +94,7 @@ def test_phases_explain_a_token_of_the_demo(demo_store: Path, cache: str) -> Non
     size = {"min": "min", "half": "10MB", "full": "1GB"}[cache]
     with FlashMoEModel.from_pretrained(demo_store, cache=size) as model:
         shares = explained(model, BARN, 60)
-        seconds = model.stats().seconds
+        seconds = model.totals().seconds
     assert 0.95 <= statistics.median(shares) <= 1
     # And each phase is in there.
     assert min(seconds.in_decode.computing, seconds.in_decode.host) > 0
@@ -130,17 +133,17 @@ def slow_reading(naps: Naps) -> None:
         naps.patch.setattr(reader, "wait_any", naps.before(reader.wait_any))
         return reader
 
-    naps.patch.setattr(api, "open_reader", open_slow)
+    naps.patch.setattr(build, "open_reader", open_slow)
 
 
 def slow_experts(naps: Naps) -> None:
-    select = api.select_kernel
+    select = build.select_kernel
 
     def slow_kernel(*args: Any) -> Any:
         kernel = select(*args)
         return lambda weights, spec: naps.before(kernel(weights, spec))
 
-    naps.patch.setattr(api, "select_kernel", slow_kernel)
+    naps.patch.setattr(build, "select_kernel", slow_kernel)
 
 
 def slow_products(naps: Naps) -> None:
@@ -178,11 +181,11 @@ def test_a_phase_gets_what_was_spent_in_it(
         pieces = model.stream([1, 2, 3], 6, temperature=5.0, seed=2)
         next(pieces)
         naps.now = 0.0
-        before = model.stats()
-        monkeypatch.setattr(model.live_stats.clock, "_clock", lambda: naps.now)
+        before = model.totals()
+        monkeypatch.setattr(model._running.meter.clock, "_clock", lambda: naps.now)
         for _ in pieces:
             pass
-        phases = asdict(model.stats().since(before).seconds.in_decode)
+        phases = asdict(model.totals().since(before).seconds.in_decode)
     # Five tokens, at least one nap each.
     assert naps.now >= 5
     assert phases == dict.fromkeys(phases, 0.0) | {phase: naps.now}

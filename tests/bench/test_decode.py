@@ -21,7 +21,7 @@ from flashmoe.bench.decode import Asked, DecodePoint, DecodeReport, bench_decode
 from flashmoe.bench.decode_worker import Point, PointRun, run_in_child, run_point
 from flashmoe.bench.pass_figures import PassFigures, pass_figures
 from flashmoe.bench.prompts import PROMPTS
-from flashmoe.engine import api
+from flashmoe.engine import build
 from flashmoe.engine.options import Options
 from flashmoe.io.depth import Depth
 from flashmoe.io.select import ReadSettings, open_reader
@@ -127,7 +127,7 @@ def test_points_run_with_what_tune_measured(
         opened.append(settings)
         return open_reader(settings, page_cache=page_cache)
 
-    monkeypatch.setattr(api, "open_reader", note)
+    monkeypatch.setattr(build, "open_reader", note)
     command = ("bench", "decode", demo_store, "--cache", "5MB", "--max-tokens", 2)
     run_cli(*command)
     run_cli(*command, "--no-tuned")

@@ -8,7 +8,7 @@ import sentencepiece
 from mlx_lm.utils import save_config, save_model
 
 from flashmoe import FlashMoEModel, PromptError, SourceError, repack
-from flashmoe.bank.stats import Stats
+from flashmoe.generation.report import Ledger
 from flashmoe.generation.session import Session
 from tests.support.families import FAMILIES, build_model, save_checkpoint
 from tests.support.scripted import ScriptedModel
@@ -87,7 +87,7 @@ def spoken(request, pieces, tmp_path_factory):
 def streamed(tokenizer, ids):
     """The text pieces of a session whose model says `ids`."""
     model = ScriptedModel(ids, len(tokenizer))
-    session = Session(model, tokenizer, Stats(), context=4096, chunk=64)
+    session = Session(model, tokenizer, Ledger(), context=4096, chunk=64)
     return [piece.text for piece in session.stream([5], max_new_tokens=len(ids))]
 
 

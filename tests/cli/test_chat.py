@@ -39,7 +39,7 @@ TIMES = "".join(
     for part in ("prefill", "decode")
 )
 DETAILS_LINES = (
-    r"(?P<prompt>\d+) prompt tokens · \d+ hits · \d+ misses · "
+    r"(?P<prompt>\d+) prompt tokens \((?P<cached>\d+) cached\) · \d+ hits · \d+ misses · "
     r"[\d.]+ [kM]?B read of [\d.]+ [kM]?B demanded\n" + TIMES
 )
 
@@ -143,7 +143,8 @@ def test_conversation(open_chat: Callable[..., Terminal], home: Path) -> None:
     chat.send("What is a barn?\n")
     chat.expect(r"^What is a barn\?\n.+\n")
     chat.expect(STATS_LINE)
-    assert 11 <= int(chat.expect(DETAILS_LINES)["prompt"]) <= 20
+    counts = chat.expect(DETAILS_LINES)
+    assert 11 <= int(counts["prompt"]) - int(counts["cached"]) <= 20
 
     chat.expect("^> $")
     chat.send("/stats\n")
@@ -233,7 +234,7 @@ def test_ctrl_c_right_after_an_answer_does_not_leave(
         signal.raise_signal(signal.SIGINT)
         return "stats"
 
-    monkeypatch.setattr("flashmoe.cli.console.AnswerReport.line", interrupted)
+    monkeypatch.setattr("flashmoe.cli.console.AnswerSummary.line", interrupted)
     result = run_cli("chat", demo_store, stdin=b"Hello\n/help\n")
     assert (result.code, result.err) == (0, "")
     assert "/reset  forget the conversation" in result.out
@@ -258,16 +259,18 @@ def test_system_prompt_survives_reset(run_cli: Run, demo_store: Path) -> None:
     asked = ("chat", demo_store, "--system", "Be brief.", "--stats", "--max-tokens", "4")
     result = run_cli(*asked, stdin=b"Hello\n/reset\nHello\n")
     assert (result.code, result.err) == (0, "")
-    prompts = [int(count) for count in re.findall(r"(\d+) prompt tokens", result.out)]
+    found = re.findall(r"(\d+) prompt tokens \((\d+) cached\)", result.out)
+    (first, none), (second, cached) = [tuple(map(int, counts)) for counts in found]
     # The second prompt is the first one again: only its last token is fed.
-    assert prompts[0] > 11
-    assert prompts[1] == 1
+    assert (none, second, cached) == (0, first, first - 1)
+    assert first > 11
 
 
 def test_no_template_continues_the_transcript(run_cli: Run, demo_store: Path) -> None:
     asked = ("chat", demo_store, "--no-template", "--stats", "--max-tokens", "4")
     result = run_cli(*asked, stdin=b"Hello\nHello\n")
     assert (result.code, result.err) == (0, "")
-    prompts = [int(count) for count in re.findall(r"(\d+) prompt tokens", result.out)]
-    assert len(prompts) == 2
-    assert prompts[1] <= prompts[0] + 4
+    found = re.findall(r"(\d+) prompt tokens \((\d+) cached\)", result.out)
+    fed = [int(prompt) - int(cached) for prompt, cached in found]
+    assert len(fed) == 2
+    assert fed[1] <= fed[0] + 4

@@ -192,6 +192,6 @@ def test_interrupt_is_one_line(
     run_cli: Run, demo_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "flashmoe.engine.api.select_kernel", lambda *_: signal.raise_signal(signal.SIGINT)
+        "flashmoe.engine.build.select_kernel", lambda *_: signal.raise_signal(signal.SIGINT)
     )
     assert_one_line(run_cli("generate", demo_store, "-p", "x"), 130, "interrupted")

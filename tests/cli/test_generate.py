@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from flashmoe.bank.stats import Stats
-from flashmoe.cli.console import AnswerReport, stats_lines
+from flashmoe.cli.console import report_lines
 from flashmoe.demo import DEMO_FOLDER
+from flashmoe.generation.report import Report
 from flashmoe.store.manifest import MANIFEST_NAME
 from flashmoe.store.reader import open_store
 from tests.support.answers import BARN, CAPITAL, CAPITAL_ANSWER, CAPITAL_TOKENS
@@ -36,7 +36,8 @@ def test_generate_text_and_stats(run_cli: Run, demo_store: Path) -> None:
     assert int(parts[1]) < 50
     assert int(parts[2]) > 100
     counts = re.fullmatch(
-        r"19 prompt tokens · \d+ hits · (\d+) misses · ([\d.]+) MB read of [\d.]+ MB demanded",
+        r"19 prompt tokens \(0 cached\) · \d+ hits · (\d+) misses · "
+        r"([\d.]+) MB read of [\d.]+ MB demanded",
         details,
     )
     assert counts is not None, details
@@ -52,11 +53,11 @@ def test_generate_text_and_stats(run_cli: Run, demo_store: Path) -> None:
 
 
 def test_stats_of_a_prefetch() -> None:
-    stats = Stats(prefetched=8, prefetched_used=6, not_prefetched=4, bytes_wasted=2_500_000)
-    assert stats_lines(stats)[2] == (
+    report = Report(prefetched=8, prefetched_used=6, not_prefetched=4, bytes_wasted=2_500_000)
+    assert report_lines(report)[2] == (
         "8 records prefetched · precision 75% · recall 60% · 2.50 MB read in vain"
     )
-    assert len(stats_lines(Stats(not_prefetched=4))) == 2
+    assert len(report_lines(Report(not_prefetched=4))) == 2
 
 
 def test_generate_prints_no_stats_unasked(run_cli: Run, demo_store: Path) -> None:
@@ -71,8 +72,9 @@ def test_generate_json(run_cli: Run, demo_store: Path) -> None:
     assert small["tokens"] == CAPITAL_TOKENS
     assert small["finish_reason"] == "stop"
     stats = small["stats"]
-    assert list(stats) == [field.name for field in fields(AnswerReport)]
-    assert (stats["prompt_tokens"], stats["tokens"]) == (19, 6)
+    assert {field.name for field in fields(Report)} < set(stats)
+    counted = ("prompt_tokens", "cached_tokens", "generated_tokens")
+    assert [stats[name] for name in counted] == [19, 0, 6]
     assert stats["misses"] > 0
     record_bytes = open_store(demo_store).manifest.layers[0].layout.record.stride
     assert stats["bytes_read"] == stats["misses"] * record_bytes
@@ -125,7 +127,7 @@ def test_max_tokens_ends_an_answer(run_cli: Run, demo_store: Path) -> None:
     answer = ask(run_cli, demo_store, "-p", CAPITAL, "--max-tokens", "2")
     assert answer["tokens"] == CAPITAL_TOKENS[:2]
     assert answer["finish_reason"] == "length"
-    assert answer["stats"]["tokens"] == 2
+    assert answer["stats"]["generated_tokens"] == 2
 
 
 def test_context_ends_an_answer(run_cli: Run, demo_store: Path) -> None:

@@ -26,11 +26,11 @@ def test_pieces_add_up_to_the_answer(demo):
 
 
 def test_pieces_come_as_they_are_generated(demo):
-    before = demo.stats()
+    before = demo.totals()
     stream = demo.stream(BARN)
-    assert demo.stats().tokens == before.tokens
+    assert demo.totals().generated_tokens == before.generated_tokens
     assert next(stream).text == "An"
-    assert demo.stats().tokens == before.tokens + 1
+    assert demo.totals().generated_tokens == before.generated_tokens + 1
     stream.close()
     assert demo.generate(HELLO) == HELLO_ANSWER
 

@@ -23,7 +23,7 @@ def test_closing(demo_store):
     ):
         with pytest.raises(FlashMoEError, match="closed"):
             use()
-    assert model.stats().tokens > 0
+    assert model.totals().generated_tokens > 0
 
 
 def test_a_with_block_closes(demo_store):

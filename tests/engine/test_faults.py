@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from flashmoe import FlashMoEModel, ReadError
-from flashmoe.engine import api
+from flashmoe.engine import build
 from tests.support.answers import BARN, BARN_ANSWER, HELLO, HELLO_ANSWER
 from tests.support.reader_cases import POOLS
 
@@ -33,7 +33,7 @@ def faulty_demo(request, demo_store, monkeypatch):
     """The demo model with the smallest bank, and the preadv that its reader uses."""
     faulty = Faulty(10**9)
     pool = POOLS[request.param]
-    monkeypatch.setattr(api, "open_reader", lambda name, page_cache: pool(8, faulty))
+    monkeypatch.setattr(build, "open_reader", lambda name, page_cache: pool(8, faulty))
     with FlashMoEModel.from_pretrained(demo_store, cache="min") as model:
         yield model, faulty
 

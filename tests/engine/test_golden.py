@@ -55,7 +55,7 @@ def test_golden(family: str, tmp_path: Path) -> None:
             row = model.model(mx.array([[tokens[-1]]]), cache=cache)[0, -1]
         assert tokens == golden["greedy_tokens"].tolist()
         assert model.generate(golden["prompt"].tolist(), 8) == ""
-        assert model.stats().tokens <= 8
+        assert model.totals().generated_tokens <= 8
 
 
 def older(config: dict[str, Any]) -> dict[str, Any]:

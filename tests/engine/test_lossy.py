@@ -80,14 +80,14 @@ class TestExpertsPerToken:
         found, model = run(qwen_store, cache=cache, kernel="reference", experts_per_token=1)
         for ours, theirs in zip(found, logits(resident), strict=True):
             np.testing.assert_array_equal(ours, theirs)
-        assert {layer.layout.top_k for layer in model.store.manifest.layers} == {1}
+        assert {layer.top_k for layer in model.plan.facts.layers} == {1}
         assert model.lossy == ("1 of 2 experts per token",)
 
     def test_one_token_needs_less(self, qwen_store: Store) -> None:
         _, trained = run(qwen_store, cache="min")
         _, fewer = run(qwen_store, cache="min", experts_per_token=1)
         assert fewer.bank_bytes * 2 == trained.bank_bytes
-        accesses = [m.stats().hits + m.stats().misses for m in (trained, fewer)]
+        accesses = [m.totals().hits + m.totals().misses for m in (trained, fewer)]
         assert accesses[1] < accesses[0]
 
     def test_as_many_as_trained_is_exact(self, qwen_store: Store) -> None:
@@ -106,7 +106,9 @@ class TestRouteBias:
         off, model = run(qwen_store, cache="min", route_bias=0.0)
         assert model.lossy == ()
         with FlashMoEModel(qwen_store, dtype="float32", cache="1GB", route_bias=50.0) as model:
-            for bank, layer in zip(model._streaming.banks, qwen_store.manifest.layers, strict=True):  # type: ignore[union-attr]
+            for bank, layer in zip(
+                model._running.streaming.banks, qwen_store.manifest.layers, strict=True
+            ):  # type: ignore[union-attr]
                 for expert in range(layer.layout.n_experts):
                     bank.acquire([expert])
             full = logits(model.model)
@@ -131,7 +133,7 @@ class TestRouteBias:
         for bias in (0.0, 1.0, 4.0):
             with FlashMoEModel.from_pretrained(demo_store, cache="4MB", route_bias=bias) as model:
                 list(model.stream(BARN, 24))
-                misses.append(model.stats().misses)
+                misses.append(model.totals().misses)
                 model.check_integrity()
         assert misses[0] > misses[1] > misses[2]
 

@@ -10,8 +10,8 @@ import pytest
 
 import flashmoe
 from flashmoe import FlashMoEModel
-from flashmoe.bank.stats import Stats
-from flashmoe.generation.steps import TokenState
+from flashmoe.base.clock import PhaseClock
+from flashmoe.generation.token_state import TokenState
 from flashmoe.store.reader import open_store
 from tests.support.families import save_checkpoint
 from tests.support.scripted import VOCABULARY
@@ -31,7 +31,7 @@ def test_steps_are_announced() -> None:
     def before(known: int, new: int, held: Callable[[], int]) -> None:
         told.append((known, new, held()))
 
-    state = TokenState(resident_model("qwen3_moe"), Stats(), 100, before)
+    state = TokenState(resident_model("qwen3_moe"), PhaseClock(), 100, before)
     state.feed(ids(250))
     one_step = told[1][2]
     assert [call[:2] for call in told] == [(0, 100), (100, 100), (200, 49), (249, 1)]
@@ -55,7 +55,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_what_is_coming_covers_what_comes(model: FlashMoEModel) -> None:
     """Caches never grow by more than was said, over prompts and answers of odd lengths."""
-    governor = model._governor
+    governor = model._running.governor
     assert governor is not None
     announced: list[tuple[int, int]] = []
 
@@ -63,7 +63,7 @@ def test_what_is_coming_covers_what_comes(model: FlashMoEModel) -> None:
         announced.append((governor._coming(known, new, held()), held()))
 
     chunk = model.memory_plan.prompts.chunk_tokens
-    state = TokenState(model.model, Stats(), chunk, before)
+    state = TokenState(model.model, PhaseClock(), chunk, before)
     fed: list[int] = []
     for count in (1, 1, 254, 3, 300, 30, 513, 1):
         announced.clear()

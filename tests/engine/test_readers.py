@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flashmoe import FlashMoEModel, OptionError
-from flashmoe.engine import api
+from flashmoe.engine import build
 from flashmoe.io.files import uncached_problem
 from flashmoe.io.mapped import MmapReader
 from flashmoe.io.threads import ThreadReader
@@ -21,7 +21,7 @@ def assert_same(demo, model):
     ids = demo.tokenizer.encode("A barn is a building for farm animals.")
     expected = np.array(demo.model(mx.array([ids])))
     np.testing.assert_array_equal(np.array(model.model(mx.array([ids]))), expected)
-    assert model.stats().misses > 0
+    assert model.totals().misses > 0
     model.check_integrity()
 
 
@@ -44,7 +44,7 @@ def test_every_reader(demo, demo_store, reader):
 @pytest.mark.parametrize("pool", POOLS)
 def test_past_the_page_cache(demo, uncached_store, monkeypatch, pool, dtype):
     monkeypatch.setattr(
-        api, "open_reader", lambda name, page_cache: POOLS[pool](4, page_cache=page_cache)
+        build, "open_reader", lambda name, page_cache: POOLS[pool](4, page_cache=page_cache)
     )
     options = {"cache": "min", "dtype": dtype}
     with FlashMoEModel.from_pretrained(uncached_store, page_cache=False, **options) as model:
@@ -61,7 +61,7 @@ def test_past_the_page_cache(demo, uncached_store, monkeypatch, pool, dtype):
 def test_disorder(demo, demo_store, monkeypatch, inner):
     kinds = {**POOLS, "mmap": MmapReader}
     monkeypatch.setattr(
-        api, "open_reader", lambda name, page_cache: FaultyReader(kinds[inner](3), seed=5)
+        build, "open_reader", lambda name, page_cache: FaultyReader(kinds[inner](3), seed=5)
     )
     with FlashMoEModel.from_pretrained(demo_store, cache="min") as model:
         assert_same(demo, model)
@@ -74,7 +74,7 @@ def test_without_the_library(demo, demo_store, monkeypatch):
         mx.eval(expected)
     monkeypatch.setattr("flashmoe.native.available", lambda: "it was not built")
     with FlashMoEModel.from_pretrained(demo_store, cache="min") as model:
-        assert type(model._reader) is ThreadReader
+        assert type(model._running._readers[0]) is ThreadReader
         assert mx.array_equal(model.model(ids), expected)
 
 
@@ -108,7 +108,7 @@ def test_impossible_options(demo_store, options, words):
 
 
 def test_a_file_system_that_needs_the_page_cache(demo_store, monkeypatch):
-    monkeypatch.setattr("flashmoe.io.select.uncached_problem", lambda path: "Invalid argument")
+    monkeypatch.setattr("flashmoe.engine.facts.uncached_problem", lambda path: "Invalid argument")
     with pytest.raises(OptionError, match="leave the page cache on, or move the store"):
         FlashMoEModel.from_pretrained(demo_store, page_cache=False)
 

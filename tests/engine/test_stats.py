@@ -13,11 +13,13 @@ def test_stats_of_a_cold_and_a_warm_bank(demo_store):
         ids = model.tokenizer.apply_chat_template(
             [{"role": "user", "content": BARN}], add_generation_prompt=True
         )
-        assert model.stats().hits == model.stats().misses == model.stats().tokens == 0
+        assert model.totals().hits == model.totals().misses == model.totals().generated_tokens == 0
         pieces = list(model.stream(ids))
-        cold = model.stats()
+        cold = model.totals()
         assert cold.prompt_tokens == len(ids)
-        assert cold.tokens == len(tokens(pieces)) + 1  # the end of the turn is sampled, too
+        assert (
+            cold.generated_tokens == len(tokens(pieces)) + 1
+        )  # the end of the turn is sampled, too
         assert 0 < cold.misses <= 6 * 32
         assert cold.bytes_demanded == stride * (cold.hits + cold.misses)
         assert cold.bytes_read == stride * cold.misses
@@ -25,26 +27,29 @@ def test_stats_of_a_cold_and_a_warm_bank(demo_store):
         assert cold.seconds.prefill > 0 < cold.seconds.decode
 
         list(model.stream(ids))
-        warm = model.stats().since(cold)
+        warm = model.totals().since(cold)
         assert (warm.misses, warm.bytes_read, warm.hit_rate) == (0, 0, 1.0)
         assert warm.hits == cold.hits + cold.misses
         assert warm.bytes_demanded == cold.bytes_demanded
-        assert (warm.prompt_tokens, warm.tokens) == (cold.prompt_tokens, cold.tokens)
+        assert (warm.prompt_tokens, warm.generated_tokens) == (
+            cold.prompt_tokens,
+            cold.generated_tokens,
+        )
 
 
 def test_accesses_of_one_token(small_demo):
     """Top-2 in each of 6 layers; the smallest bank keeps what the last token used."""
     model = small_demo.model
     mx.eval(model(mx.array([[5]])))
-    first = small_demo.stats()
+    first = small_demo.totals()
     assert (first.hits, first.misses) == (0, 12)
     mx.eval(model(mx.array([[5]])))
-    second = small_demo.stats().since(first)
+    second = small_demo.totals().since(first)
     assert (second.hits, second.misses) == (12, 0)
 
 
 def test_stats_are_a_copy(demo):
-    before = demo.stats()
+    before = demo.totals()
     demo.generate(HELLO, 1)
-    assert demo.stats().tokens == before.tokens + 1
-    assert demo.stats().seconds is not before.seconds
+    assert demo.totals().generated_tokens == before.generated_tokens + 1
+    assert demo.totals().seconds is not before.seconds

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from flashmoe import FlashMoEModel
-from flashmoe.engine import api, model_cache
+from flashmoe.engine import build, model_cache
 from flashmoe.io.depth import Depth
 from flashmoe.io.files import uncached_problem
 from flashmoe.io.mapped import MmapReader
@@ -45,7 +45,7 @@ def opened(monkeypatch):
         monkeypatch.setattr(reader, "lane", lane)
         return reader
 
-    monkeypatch.setattr(api, "open_reader", note)
+    monkeypatch.setattr(build, "open_reader", note)
     return settings
 
 
@@ -65,16 +65,20 @@ def logits(model):
 def test_results_are_the_same(home, demo, demo_store, record_paths, opened, page_cache):
     store_choice(demo_store, ODD)
     with FlashMoEModel.from_pretrained(demo_store, cache="min", page_cache=page_cache) as model:
-        assert model.choice == ODD
+        assert model.plan.reads == ODD.reads(model.page_cache)
         reads = ODD.reads(page_cache)
         # Another reader, or the same one at another depth.
         second = (reads.prefill, True) if page_cache else reads.prefill.depth
         assert opened == [(reads.decode, page_cache), second]
-        assert type(model._reader) is MmapReader if page_cache else model.reader == "pread"
+        assert (
+            type(model._running._readers[0]) is MmapReader
+            if page_cache
+            else model.reader == "pread"
+        )
         assert mx.array_equal(logits(model), logits(demo))
         assert model.generate(BARN) == BARN_ANSWER
-        assert model._prefill_reader.counters.bytes > 0
-        assert model._reader.counters.bytes > 0
+        assert model._running._readers[-1].counters.bytes > 0
+        assert model._running._readers[0].counters.bytes > 0
 
 
 def test_what_the_user_says_comes_first(home, demo_store, record_paths, opened):
@@ -89,7 +93,7 @@ def test_what_the_user_says_comes_first(home, demo_store, record_paths, opened):
     assert opened.pop(0) == (ODD.cached.decode, True)
     assert opened.pop(0) == ReadSettings("mmap").depth
     with FlashMoEModel.from_pretrained(demo_store, tuned=False, **options) as model:
-        assert model.choice == Choice()
+        assert model.plan.reads == Choice().reads(model.page_cache)
     assert opened == [(ReadSettings(), True)]
 
 
@@ -97,7 +101,7 @@ def test_damage_is_no_matter(home, demo_store):
     file = store_choice(demo_store, ODD)
     file.path.write_text("{")
     with FlashMoEModel.from_pretrained(demo_store, cache="min") as model:
-        assert model.choice == Choice()
+        assert model.plan.reads == Choice().reads(model.page_cache)
 
 
 def test_the_command_line(run_cli: Run, demo_store, opened):
@@ -119,7 +123,7 @@ def test_past_the_page_cache_nothing_is_kept_twice(home, demo_store, record_path
         with FlashMoEModel.from_pretrained(demo_store, **options) as model:
             for _ in range(3):
                 model.generate(BARN)
-            assert model.stats().bytes_read > model.store.manifest.streamed_bytes / 4
+            assert model.totals().bytes_read > model.store.manifest.streamed_bytes / 4
             held = cached_share(record_paths)
         # What opening a store reads, its header, is not of the records.
         assert held > 0.2 if page_cache else held < 0.05

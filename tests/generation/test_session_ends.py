@@ -3,7 +3,7 @@
 import pytest
 
 from flashmoe import OptionError, PromptError
-from flashmoe.bank.stats import Stats
+from flashmoe.generation.report import Ledger
 from flashmoe.generation.session import Piece
 from tests.support.sessions import answer, draw, session_of, tokens, watch_passes
 
@@ -13,11 +13,11 @@ def test_a_stop_id_ends_the_answer(qwen):
     free = answer(session_of(qwen), ids, 20)
     stop = free[5]
     at = free.index(stop)
-    stats = Stats()
-    pieces = list(session_of(qwen, stop=[stop, 999], stats=stats).stream(ids, max_new_tokens=20))
+    ledger = Ledger()
+    pieces = list(session_of(qwen, stop=[stop, 999], ledger=ledger).stream(ids, max_new_tokens=20))
     assert tokens(pieces) == free[:at]
     assert pieces[-1] == Piece(".", None, "stop")
-    assert stats.tokens == at + 1
+    assert ledger.totals().generated_tokens == at + 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])

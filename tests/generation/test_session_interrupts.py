@@ -2,7 +2,7 @@
 
 import pytest
 
-from flashmoe.bank.stats import Stats
+from flashmoe.generation.report import Ledger
 from flashmoe.generation.session import Piece
 from tests.support.sessions import answer, draw, resident_model, session_of, tokens, watch_passes
 
@@ -22,12 +22,12 @@ def test_an_interrupt_between_prompt_chunks(qwen, monkeypatch):
     ids = draw(1, 23)
     expected = answer(session_of(qwen), ids)
     fed = watch_passes(qwen, monkeypatch)
-    stats = Stats()
-    session = session_of(qwen, stats=stats)
+    ledger = Ledger()
+    session = session_of(qwen, ledger=ledger)
     pieces = list(session.stream(ids, should_stop=After(2)))
     assert pieces == [Piece(".", None, "interrupt")]
     assert fed == [5, 5]
-    assert (stats.prompt_tokens, stats.tokens) == (10, 0)
+    assert (ledger.totals().fed_tokens, ledger.totals().generated_tokens) == (10, 0)
     # What had been fed is kept.
     assert answer(session, ids) == expected
     assert fed[2:5] == [5, 5, 2]

@@ -71,4 +71,4 @@ def test_progress_by_layer(small_demo):
     assert {total for _, total in seen} == {297}
     done = [done for done, _ in seen]
     assert done == [0, 42, 85, 128, 170, 213, 256, 262, 269, 276, 282, 289, 297]
-    assert small_demo.live_stats.after_layer is None
+    assert small_demo._streaming().watch.done is None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flashmoe.bank.stats import Stats
+from flashmoe.generation.report import Ledger
 from tests.support.scripted import VOCABULARY
 from tests.support.sessions import answer, draw, resident_model, session_of
 
@@ -25,30 +25,30 @@ RESTARTED = (
 
 def fed_when_diverging(model, kept):
     """How many tokens are fed for a second turn that keeps so much of the first and adds 5."""
-    stats = Stats()
-    session = session_of(model, stats=stats)
+    ledger = Ledger()
+    session = session_of(model, ledger=ledger)
     first = draw(1, 17)
     history = [*first, *answer(session, first)]
-    fed = stats.prompt_tokens
+    fed = ledger.totals().fed_tokens
     second = [*history[:kept], (history[kept] + 1) % VOCABULARY, *draw(3, 4)]
     expected = answer(session_of(model), second)
     assert answer(session, second) == expected
-    return stats.prompt_tokens - fed
+    return ledger.totals().fed_tokens - fed
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen3_next", "llama4"])
 def test_a_second_turn_feeds_only_what_is_new(family):
     model = resident_model(family)
-    stats = Stats()
-    session = session_of(model, stats=stats)
+    ledger = Ledger()
+    session = session_of(model, ledger=ledger)
     first = draw(1, 17)
     said = answer(session, first)
-    assert stats.prompt_tokens == 17
+    assert ledger.totals().fed_tokens == 17
     # The last token of an answer has been sampled but not fed.
     second = [*first, *said, *draw(2, 9)]
     expected = answer(session_of(model), second)
     assert answer(session, second) == expected
-    assert stats.prompt_tokens == 17 + 9 + 1
+    assert ledger.totals().fed_tokens == 17 + 9 + 1
 
 
 @pytest.mark.parametrize("family", TRIMMED)
@@ -66,14 +66,14 @@ def test_a_diverging_turn_starts_anew_where_caches_cannot_be_trimmed(family):
 @pytest.mark.parametrize("family", [*RESTARTED, "llama4", "deepseek_v32"])
 def test_a_marked_place_can_be_come_back_to(family):
     model = resident_model(family)
-    stats = Stats()
-    session = session_of(model, stats=stats)
+    ledger = Ledger()
+    session = session_of(model, ledger=ledger)
     answer(session, draw(1, 17))
     known = session.mark()
     for token in (7, 7, 9, 7):
-        before = stats.prompt_tokens
+        before = ledger.totals().fed_tokens
         found = answer(session, [*known, token], 4)
-        assert stats.prompt_tokens == before + 1
+        assert ledger.totals().fed_tokens == before + 1
         assert found == answer(session_of(model), [*known, token], 4)
 
 

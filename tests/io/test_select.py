@@ -61,30 +61,35 @@ def test_without_the_library(monkeypatch):
 
 
 class TestPageCache:
-    def test_by_default_what_fits_is_cached(self, path):
-        uncached = files.uncached_problem(path) is None
-        assert choose_page_cache(None, "pread", path, 10_000, 10_000)
-        assert choose_page_cache(None, "pread", path, 10_000, 9_999) is not uncached
-        assert choose_page_cache(None, "pread", path, 10_000, -5) is not uncached
-        assert choose_page_cache(None, "mmap", path, 10_000, 0)
+    def test_by_default_what_fits_is_cached(self):
+        def chosen(reader, problem, free_bytes):
+            return choose_page_cache(
+                None, reader, problem, file_bytes=10_000, free_bytes=free_bytes
+            )
 
-    def test_as_the_user_says(self, path):
-        assert choose_page_cache(True, "auto", path, 10_000, 0)
+        assert chosen("pread", None, 10_000)[0]
+        assert not chosen("pread", None, 9_999)[0]
+        assert not chosen("pread", None, -5)[0]
+        on, reason = chosen("pread", "Invalid argument", 0)
+        assert on and "Invalid argument" in reason
+        assert chosen("mmap", None, 0) == (True, "memory maps need it")
+
+    def test_as_the_user_says(self):
+        sizes = {"file_bytes": 10_000, "free_bytes": 0}
+        assert choose_page_cache(True, "auto", None, **sizes) == (True, "as asked")
+        assert choose_page_cache(False, "auto", None, **sizes) == (False, "as asked")
         with pytest.raises(OptionError, match="mmap"):
-            choose_page_cache(False, "mmap", path, 0, 0)
-        if files.uncached_problem(path) is None:
-            assert not choose_page_cache(False, "auto", path, 0, 10_000)
+            choose_page_cache(False, "mmap", None, **sizes)
 
-    def test_a_file_system_that_needs_it(self, path, monkeypatch):
+    def test_a_file_system_that_needs_it(self):
+        with pytest.raises(OptionError, match=r"Invalid argument.*leave the page cache on"):
+            choose_page_cache(False, "pread", "Invalid argument", file_bytes=0, free_bytes=10_000)
+
+    def test_what_a_file_system_says(self, path, monkeypatch):
         def refuse(path):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-        monkeypatch.setattr(files, "_open_uncached", refuse)
-        assert choose_page_cache(None, "pread", path, 10_000, 0)
-        with pytest.raises(OptionError, match="leave the page cache on") as caught:
-            choose_page_cache(False, "pread", path, 0, 10_000)
-        assert str(path) in str(caught.value)
-
-    def test_a_file_that_is_not_there(self, path):
         with pytest.raises(ReadError, match="No such file"):
-            choose_page_cache(False, "pread", path.with_name("none"), 0, 0)
+            files.uncached_problem(path.with_name("none"))
+        monkeypatch.setattr(files, "_open_uncached", refuse)
+        assert files.uncached_problem(path) == os.strerror(errno.EINVAL)

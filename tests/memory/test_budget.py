@@ -8,21 +8,20 @@ from flashmoe.base.errors import FlashMoEError, MemoryBudgetError
 from flashmoe.base.units import parse_size
 from flashmoe.memory.budget import (
     JITTER_BYTES,
-    LEAST_REUSE_BYTES,
+    LEAST_MLX_CACHE_BYTES,
     LayerDemand,
     PromptPlan,
     all_staging_bytes,
     layer_demands,
     least_bank_bytes,
+    mlx_cache_bytes,
     plan_memory,
     resident_bytes,
-    reuse_bytes,
     scratch_bytes,
     share_slots,
 )
 from flashmoe.store.layout import TensorSpec
-from flashmoe.store.manifest import Manifest, ResidentFile
-from tests.support.stores import SOURCE, layer_layout
+from tests.support.stores import layer_layout
 
 MB = 10**6
 # One token needs 3 layers x 2 slots x 1000 bytes; everything is 24,000 bytes.
@@ -33,7 +32,7 @@ FIXED = {
     "kv_bytes": 1 * MB,
     "prompts": [PromptPlan(256, 0, 2 * MB, 0)],
 }
-FIXED_BYTES = 33 * MB + LEAST_REUSE_BYTES
+FIXED_BYTES = 33 * MB + LEAST_MLX_CACHE_BYTES
 
 demand = st.tuples(st.integers(1, 5000), st.integers(1, 6), st.integers(0, 12)).map(
     lambda drawn: LayerDemand(drawn[0], drawn[1], drawn[1] + drawn[2])
@@ -47,9 +46,11 @@ def named_least(error):
 
 
 def plan(total_bytes=None, bank_bytes=None, *, demands=DEMANDS, **fixed):
-    return plan_memory(
+    made = plan_memory(
         total_bytes=total_bytes, bank_bytes=bank_bytes, demands=demands, **{**FIXED, **fixed}
     )
+    made.check()
+    return made
 
 
 class TestShareSlots:
@@ -158,7 +159,7 @@ class TestPlanMemory:
         assert plan_.planned_bytes == FIXED_BYTES + plan_.bank_bytes <= plan_.total_bytes
         assert (plan_.process_bytes, plan_.resident_bytes) == (10 * MB, 20 * MB)
         assert (plan_.kv_bytes, plan_.prompts.nbytes) == (1 * MB, 2 * MB)
-        assert plan_.reuse_bytes == LEAST_REUSE_BYTES
+        assert plan_.mlx_cache_bytes == LEAST_MLX_CACHE_BYTES
 
     @pytest.mark.parametrize("total_bytes", [FIXED_BYTES + 5999, FIXED_BYTES, 10 * MB, 1])
     def test_too_little(self, total_bytes):
@@ -213,7 +214,7 @@ class TestPlanMemory:
             + found.resident_bytes
             + found.kv_bytes
             + found.prompts.nbytes
-            + found.reuse_bytes
+            + found.mlx_cache_bytes
             + found.bank_bytes
         )
         used = sum(n * d.slot_bytes for n, d in zip(found.slots, demands, strict=True))
@@ -234,7 +235,7 @@ class TestPlanMemory:
 
 
 def test_reuse_grows_with_the_total_between_bounds():
-    assert [reuse_bytes(n) for n in (1, 512 * MB, 3200 * MB, 10**12, None)] == [
+    assert [mlx_cache_bytes(n) for n in (1, 512 * MB, 3200 * MB, 10**12, None)] == [
         16 * MB,
         16 * MB,
         100 * MB,
@@ -260,10 +261,8 @@ def test_resident_bytes():
         TensorSpec("d", "U32", (2,)),
         TensorSpec("e", "U8", (1,)),
     )
-    shards = (ResidentFile("x", tensors, "", ""), ResidentFile("y", tensors[:1], "", ""))
-    manifest = Manifest("tiny", 0, SOURCE, {}, shards, (), {})
-    assert resident_bytes(manifest, False) == 51 + 20
-    assert resident_bytes(manifest, True) == 81 + 40
+    assert resident_bytes(tensors, False) == 51
+    assert resident_bytes(tensors, True) == 81
 
 
 def test_scratch_bytes():

@@ -82,19 +82,19 @@ def test_no_group_beyond_the_experts_of_a_layer():
     ],
 )
 def test_prompts_get_their_share_of_what_is_spare(spare_bytes, chunk_tokens, group_records):
-    chosen = choose_prompts(plans(), spare_bytes)
+    chosen = plans()[choose_prompts(plans(), spare_bytes)]
     assert (chosen.chunk_tokens, chosen.group_records) == (chunk_tokens, group_records)
 
 
 def test_no_staging_when_it_takes_more_than_its_share():
     dear = prompt_plans(scratch, context=4096, group_bytes=10**6, most_records=64)
-    assert choose_prompts(dear, 0).group_records == 0
-    assert choose_prompts(dear, 8 * 872_000 - 8).group_records == 0
-    assert choose_prompts(dear, 8 * 872_000).group_records == 1
+    assert dear[choose_prompts(dear, 0)].group_records == 0
+    assert dear[choose_prompts(dear, 8 * 872_000 - 8)].group_records == 0
+    assert dear[choose_prompts(dear, 8 * 872_000)].group_records == 1
 
 
 def plan(total_bytes, prompts, bank_bytes=None):
-    return plan_memory(
+    made = plan_memory(
         total_bytes=total_bytes,
         bank_bytes=bank_bytes,
         process_bytes=10 * MB,
@@ -103,6 +103,8 @@ def plan(total_bytes, prompts, bank_bytes=None):
         prompts=prompts,
         demands=DEMANDS,
     )
+    made.check()
+    return made
 
 
 @given(st.integers(1, 2000), st.integers(0, 5 * MB), st.none() | st.integers(8, 400))

@@ -61,7 +61,7 @@ print(json.dumps({{
     "prompts": plan.prompts.nbytes,
     "chunk": plan.prompts.chunk_tokens,
     "ids": ids,
-    "hit_rate": model.stats().hit_rate,
+    "hit_rate": model.totals().hit_rate,
 }}))
 """
 

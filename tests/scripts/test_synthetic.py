@@ -69,7 +69,7 @@ def test_families(family: str, options: dict[str, Any], source: Path, dest: Path
         assert len(model.tokenizer) == logits.shape[-1]
         stream = model.stream("Hello", 8, temperature=1.0, seed=0)
         assert [piece.text for piece in stream]
-        assert model.stats().tokens == 8
+        assert model.totals().generated_tokens == 8
 
 
 @pytest.mark.parametrize(
@@ -135,10 +135,10 @@ def test_routing_differs_from_token_to_token(tied: bool, source: Path, dest: Pat
             list(range(16)), max_new_tokens=49, sampling=Sampling(temperature=1.0, seed=0)
         )
         next(stream)
-        before = model.stats()
+        before = model.totals()
         for _ in stream:
             pass
-        spent = model.stats().since(before)
+        spent = model.totals().since(before)
     assert spent.tokens == 48
     assert 0 < spent.hit_rate < 0.2
 

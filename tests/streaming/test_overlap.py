@@ -14,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 import flashmoe
 from flashmoe import FlashMoEModel, ReadError
 from flashmoe.bank.slot_table import ABSENT
-from flashmoe.engine import api
+from flashmoe.engine import build
 from flashmoe.io.threads import ThreadReader
 from flashmoe.store.reader import Store
 from flashmoe.streaming import experts
@@ -35,7 +35,7 @@ def decoded(store: Store, kernel: str, cache: str = "min") -> tuple[list[Any], A
         for token in (5, 90, 41, 7, 63):
             outputs.append(np.array(model.model(mx.array([[token]]), cache=caches)))
         model.check_integrity()
-        return outputs, model.stats()
+        return outputs, model.totals()
 
 
 def assert_overlap_changes_nothing(
@@ -51,10 +51,10 @@ def assert_overlap_changes_nothing(
         calls.append(routed)
         return overlapped(self, x, routed, predicted)
 
-    monkeypatch.setattr(experts, "APART_BYTES", 0)
+    monkeypatch.setattr("flashmoe.bank.arrivals.APART_BYTES", 0)
     monkeypatch.setattr(experts.StreamedExperts, "_run_overlapped", counted)
     monkeypatch.setattr(
-        api, "open_reader", lambda name, page_cache: FaultyReader(ThreadReader(4), seed=3)
+        build, "open_reader", lambda name, page_cache: FaultyReader(ThreadReader(4), seed=3)
     )
     for cache in ("min", "1GB"):
         outputs, stats = decoded(store, kernel, cache)

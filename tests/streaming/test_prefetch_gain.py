@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from flashmoe import FlashMoEModel
-from flashmoe.bank.stats import Stats
-from flashmoe.engine import api
-from flashmoe.generation.steps import TokenState
+from flashmoe.engine import build
+from flashmoe.generation.report import Report
+from flashmoe.generation.token_state import TokenState
 from flashmoe.io.reader import Reader
 from flashmoe.io.threads import ThreadReader
 from flashmoe.memory.budget import layer_demands
@@ -54,6 +54,7 @@ class Runs:
         self._slots, self._prompt, self._tokens = slots, prompt, tokens
         # Whether a warm start reads every expert that there is room for.
         self.warm_starting = False
+        self.told_of_warm_start = True
         self._patch = patch
         self.record_bytes = store.manifest.layers[0].layout.record.stride
         self.routed: list[list[list[int]]] = [[] for _ in range(N_LAYERS)]
@@ -67,7 +68,7 @@ class Runs:
             stats = self._decode(model)
         self.missed_bytes = stats.bytes_read / tokens
 
-    def trial(self, predictions: Predictions, slowness: float) -> tuple[Trial, Stats]:
+    def trial(self, predictions: Predictions, slowness: float) -> tuple[Trial, Report]:
         """A run behind a disk that reads for `slowness` times as long as layers compute, with
         `predictions(layer, token)` about the next layer."""
         time = Time()
@@ -77,7 +78,7 @@ class Runs:
         def open_slow(name: Any, *, page_cache: bool) -> Reader:
             return VirtualDisk(ThreadReader(4), rate, time)
 
-        def slow_kernel(*args: Any, select: Any = api.select_kernel) -> Any:
+        def slow_kernel(*args: Any, select: Any = build.select_kernel) -> Any:
             kernel = select(*args)
 
             def bind(weights: Any, spec: Any) -> Any:
@@ -102,17 +103,22 @@ class Runs:
         def predict(layer: int) -> Any:
             return lambda x: mx.array(predictions(layer, seen[layer]))
 
-        self._patch.setattr(api, "open_reader", open_slow)
-        self._patch.setattr(api, "select_kernel", slow_kernel)
+        self._patch.setattr(build, "open_reader", open_slow)
+        self._patch.setattr(build, "select_kernel", slow_kernel)
         self._patch.setattr(
-            api, "find_predictors", lambda *_: [*map(predict, range(N_LAYERS - 1)), None]
+            build, "find_predictors", lambda *_: [*map(predict, range(N_LAYERS - 1)), None]
         )
-        self._patch.setattr(load, "Trial", lambda **options: Trial(lambda: time.now, **options))
+        told = self.told_of_warm_start
+        self._patch.setattr(
+            load,
+            "Trial",
+            lambda disturbed: Trial(lambda: time.now, disturbed if told else lambda: False),
+        )
         with self._model(prefetch=True) as model:
             model.observe_routing(attend)
             stats = self._decode(model)
-            assert model._streaming is not None
-            prefetcher = model._streaming.layers[0].prefetcher
+            assert model._running.streaming is not None
+            prefetcher = model._running.streaming.layers[0]._prefetcher
             assert prefetcher is not None
             return prefetcher._trial, stats
 
@@ -121,19 +127,19 @@ class Runs:
         slot_bytes = sum(demand.slot_bytes for demand in layer_demands(layouts, widen=False))
         return FlashMoEModel(self._store, cache=self._slots * slot_bytes, prefetch=prefetch)
 
-    def _decode(self, model: FlashMoEModel) -> Stats:
+    def _decode(self, model: FlashMoEModel) -> Report:
         """After a prompt, if there is one; what the tokens took."""
         ids = np.random.default_rng(1).integers(0, 128, PROMPT + self._tokens).tolist()
-        state = TokenState(model.model, model.live_stats, 64)
+        state = TokenState(model.model, model._running.meter.clock, 64)
         if self._prompt:
             state.feed(ids[: self._prompt])
         if self.warm_starting:
-            assert model._streaming is not None
-            model._streaming.warm_start([list(range(N_EXPERTS))] * N_LAYERS)
-        before = model.stats()
+            assert model._running.streaming is not None
+            model._running.streaming.warm_start([list(range(N_EXPERTS))] * N_LAYERS)
+        before = model.totals()
         for token in ids[PROMPT:]:
             state.feed([token])
-        return model.stats().since(before)
+        return model.totals().since(before)
 
 
 @pytest.fixture
@@ -180,7 +186,7 @@ def test_a_warm_start_has_no_say_in_it(
     runs = Runs(store, monkeypatch, slots=7, prompt=0, tokens=45)
     runs.warm_starting = True
     if not waits:
-        monkeypatch.setattr(load.StreamingModel, "_warm_starting", lambda self: False)
+        runs.told_of_warm_start = False
     trial, stats = runs.trial(lambda layer, token: runs.routed[layer + 1][token], 1.0)
     assert stats.warm_started > N_LAYERS
     assert [len(times) for times in trial._times.values()] == [WINDOW] * 2

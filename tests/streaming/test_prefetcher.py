@@ -15,11 +15,10 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import flashmoe
 from flashmoe import FlashMoEModel, ReadError
-from flashmoe.engine import api
+from flashmoe.engine import build
 from flashmoe.io.threads import ThreadReader
 from flashmoe.memory.budget import layer_demands
 from flashmoe.store.reader import Store
-from flashmoe.streaming import experts
 from flashmoe.streaming.prefetcher import Prefetcher, Trial
 from tests.support.banks import LAYOUT, STRIDE, assert_holds, make_bank, memory_reader, slow, store
 from tests.support.families import save_checkpoint
@@ -251,11 +250,11 @@ def test_any_order_of_predictions_and_demands(store: Store, n_slots: int) -> Non
 
 def prefetch_by(model: FlashMoEModel, predictions: Any) -> None:
     """Give every layer but the last a prediction at the next one's experts."""
-    layers = model._streaming.layers  # type: ignore[union-attr]
+    layers = model._running.streaming.layers  # type: ignore[union-attr]
     trial = Trial()
     for layer, after in pairwise(layers):
         bank = after._bank
-        layer.prefetcher = Prefetcher(lambda x, bank=bank: predictions(x, bank), bank, trial)
+        layer._prefetcher = Prefetcher(lambda x, bank=bank: predictions(x, bank), bank, trial)
 
 
 def decoded(
@@ -269,7 +268,7 @@ def decoded(
         for token in (5, 90, 41, 7, 63, 12, 3):
             outputs.append(np.array(model.model(mx.array([[token]]), cache=caches)))
             model.check_integrity()
-        return outputs, model.stats()
+        return outputs, model.totals()
 
 
 @compiled
@@ -280,9 +279,9 @@ def test_no_prediction_changes_a_result(
     save_checkpoint(tmp_path / "checkpoint", family)
     store = flashmoe.repack(tmp_path / "checkpoint", tmp_path / "store")
     expected, _ = decoded(store, "cpu", "min")
-    monkeypatch.setattr(experts, "APART_BYTES", 0)
+    monkeypatch.setattr("flashmoe.bank.arrivals.APART_BYTES", 0)
     monkeypatch.setattr(
-        api, "open_reader", lambda name, page_cache: FaultyReader(ThreadReader(4), seed=3)
+        build, "open_reader", lambda name, page_cache: FaultyReader(ThreadReader(4), seed=3)
     )
     draw = random.Random(1)
 

@@ -15,9 +15,9 @@ from mlx_lm.models.cache import make_prompt_cache
 import flashmoe
 from flashmoe import FlashMoEError, FlashMoEModel, ReadError, native
 from flashmoe.bank.bank import LayerBank
+from flashmoe.bank.meter import Meter
 from flashmoe.bank.slot_memory import SlotMemory
-from flashmoe.bank.stats import Stats
-from flashmoe.engine import api
+from flashmoe.engine import build
 from flashmoe.io.reader import Priority, Reader, ReadRequest, Ticket
 from flashmoe.io.threads import ThreadReader
 from flashmoe.kernels import metal
@@ -83,7 +83,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Any:
     def choose(group_records: int, reader: Reader | None = None) -> None:
         monkeypatch.setattr(budget, "GROUP_RECORDS", (0, group_records))
         if reader is not None:
-            monkeypatch.setattr(api, "open_reader", lambda name, page_cache: reader)
+            monkeypatch.setattr(build, "open_reader", lambda name, page_cache: reader)
 
     return choose
 
@@ -156,7 +156,7 @@ def test_each_needed_record_is_read_once(small_model) -> None:
     model, reader = small_model
     prompt = long_prompt(0)
     mx.eval(model.model(prompt))
-    first = model.stats()
+    first = model.totals()
     assert first.hits == 0
     assert first.misses > 6 * 20
     assert set(reader.times_read.values()) == {1}
@@ -170,7 +170,7 @@ def test_each_needed_record_is_read_once(small_model) -> None:
 
     reader.batches.clear()
     mx.eval(model.model(prompt))
-    again = model.stats().since(first)
+    again = model.totals().since(first)
     # What was taken into the bank, two slots a layer, is not read.
     assert again.hits == 12
     assert again.hits + again.misses == first.misses
@@ -191,7 +191,7 @@ def test_the_most_used_experts_stay(small_model, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(RoutedRows, "of", classmethod(noting))
     prompt = long_prompt(1)
     mx.eval(model.model(prompt))
-    for bank, uses in zip(model._streaming.banks, routed, strict=True):
+    for bank, uses in zip(model._running.streaming.banks, routed, strict=True):
         least = min(uses[expert] for expert in bank.held())
         assert least >= max(uses[e] for e in uses if e not in bank.held())
 
@@ -239,7 +239,7 @@ def test_an_interrupt(small_model, monkeypatch: pytest.MonkeyPatch, place: str, 
     prompt = long_prompt(0)
     expected = model.model(prompt)
     mx.eval(expected)
-    owner: Any = reader if place == "submit" else type(model._streaming.banks[0])
+    owner: Any = reader if place == "submit" else type(model._running.streaming.banks[0])
     original = getattr(owner, place)
     calls = 0
 
@@ -293,7 +293,7 @@ def test_room_is_made_by_the_least_used_and_then_the_policy(tmp_path: Path) -> N
     write_store(tmp_path / "store", [(layout, layer_contents(layout))], resident_contents())
     reader = ThreadReader(2)
     bank = LayerBank(
-        open_store(tmp_path / "store"), layout, reader, Stats(), n_slots=4, widen=False
+        open_store(tmp_path / "store"), layout, reader, Meter(), n_slots=4, widen=False
     )
     other = SlotMemory(layout.record, 1, 1, widen=False)
     for expert in (2, 0, 1, 3):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flashmoe.bank.bank import LayerBank
-from flashmoe.bank.stats import Stats
+from flashmoe.bank.meter import Meter
 from flashmoe.base.dtypes import array_bytes
 from flashmoe.io.reader import Priority
 from flashmoe.store.reader import Store, open_store
@@ -53,8 +53,9 @@ def memory_reader(store):
 
 
 def make_bank(store, reader, n_slots=4, *, layout=LAYOUT, widen=False, **options):
-    stats = Stats()
-    return LayerBank(store, layout, reader, stats, n_slots=n_slots, widen=widen, **options), stats
+    meter = Meter()
+    bank = LayerBank(store, layout, reader, meter, n_slots=n_slots, widen=widen, **options)
+    return bank, meter.counters
 
 
 def slot_bytes(bank, name, slot):

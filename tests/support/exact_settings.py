@@ -20,8 +20,9 @@ import numpy as np
 
 from flashmoe import FlashMoEModel, native
 from flashmoe.bank.bank import LayerBank
-from flashmoe.engine import api
-from flashmoe.generation.steps import TokenState
+from flashmoe.engine import build, decide
+from flashmoe.generation.report import Report
+from flashmoe.generation.token_state import TokenState
 from flashmoe.io.files import uncached_problem
 from flashmoe.io.mapped import MmapReader
 from flashmoe.io.native import NativeReader
@@ -99,14 +100,14 @@ def logits(
     are resized."""
     for number, ids in enumerate(prompts(setting)):
         if number and setting.resized:
-            streaming = model._streaming
+            streaming = model._running.streaming
             assert streaming is not None
             with building or contextlib.nullcontext():
                 streaming.resize([setting.resized] * len(streaming.layers))
         length = len(ids) - setting.tokens
-        state = TokenState(model.model, model.live_stats, setting.chunk)
+        state = TokenState(model.model, model._running.meter.clock, setting.chunk)
         for fed in (ids[:length], *([token] for token in ids[length:])):
-            with model.live_stats.generating("decode"):
+            with model._ledger.measuring(Report(), "decode"):
                 row = state.feed(fed)
             assert row is not None
             yield np.array(row).tobytes()
@@ -133,11 +134,11 @@ class Trials:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Trials:
-        for owner, name in ((api, "open_reader"), (api, "plan_model")):
+        for owner, name in ((build, "open_reader"), (decide, "_share_memory")):
             original = getattr(owner, name)
-            replaced = getattr(self, f"_{name}")
+            replaced = getattr(self, f"_asked_{name.strip('_')}")
             self._patch(owner, name, lambda *a, o=original, r=replaced, **k: r(o, *a, **k))
-        self._patch(predictor, "find_sites", self._warm_start_file(predictor.find_sites))
+        self._patch(predictor, "find_sites", self._cached(predictor.find_sites))
         ways = {
             ExpertPrefill: ("__call__",),
             LayerBank: ("_evict", "adopt", "resize"),
@@ -189,11 +190,11 @@ class Trials:
             try:
                 yield model
             finally:
-                reader = model._reader
+                reader = model._running._readers[0]
                 if isinstance(reader, DelayingReader):
                     self.hits["prefetches cancelled"] += reader.cancelled[Priority.PREFETCH]
                     self.hits["prefetches begun"] += reader.begun[Priority.PREFETCH]
-                stats = model.stats()
+                stats = model.totals()
                 self.hits["predictions"] += stats.prefetched
                 self.hits["right predictions"] += stats.prefetched_used
                 self.hits["bytes wasted"] += stats.bytes_wasted
@@ -201,15 +202,15 @@ class Trials:
     @staticmethod
     def mend(model: FlashMoEModel) -> None:
         """Have nothing fail any more."""
-        assert isinstance(model._reader, DelayingReader)
-        model._reader.mend()
+        assert isinstance(model._running._readers[0], DelayingReader)
+        model._running._readers[0].mend()
 
     def store(self, family: str) -> Store:
         if family not in self._stores:
             self._stores[family] = wide_store(self._folder / family, family)
         return self._stores[family]
 
-    def _open_reader(self, original: Any, name: str, *, page_cache: bool) -> Reader:
+    def _asked_open_reader(self, original: Any, name: str, *, page_cache: bool) -> Reader:
         setting: Setting | None = self._asked.setting
         if setting is None:
             reader: Reader = original(name, page_cache=page_cache)
@@ -228,7 +229,7 @@ class Trials:
             **faults,
         )
 
-    def _plan_model(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+    def _asked_share_memory(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         plan = original(*args, **kwargs)
         setting: Setting | None = self._asked.setting
         if setting is None:
@@ -252,7 +253,7 @@ class Trials:
         return call
 
     @staticmethod
-    def _warm_start_file(find_sites: Any) -> Any:
+    def _cached(find_sites: Any) -> Any:
         """Sites are the same for every model of a config, and take a while to find."""
         found: dict[str, Any] = {}
 

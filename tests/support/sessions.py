@@ -8,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from flashmoe.bank.stats import Stats
+from flashmoe.generation.report import Ledger
 from flashmoe.generation.session import Piece, Session
 from tests.support.families import FAMILIES, build_model
 from tests.support.scripted import VOCABULARY, Words
@@ -26,9 +26,9 @@ def session_of(
     context: int = 512,
     chunk: int = 5,
     stop: Sequence[int] = (),
-    stats: Stats | None = None,
+    ledger: Ledger | None = None,
 ) -> Session:
-    return Session(model, Words(stop), stats or Stats(), context=context, chunk=chunk)
+    return Session(model, Words(stop), ledger or Ledger(), context=context, chunk=chunk)
 
 
 def tokens(pieces: Iterable[Piece]) -> list[int]:

@@ -11,8 +11,8 @@ from typing import Any
 from mlx_lm.utils import quantize_model, save_config, save_model
 
 import flashmoe
+from flashmoe.bank.arrivals import APART_BYTES
 from flashmoe.store.reader import Store
-from flashmoe.streaming.experts import APART_BYTES
 from tests.support.families import FAMILIES, build_model
 
 N_EXPERTS, TOP_K, N_LAYERS = 12, 3, 3

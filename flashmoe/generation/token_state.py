@@ -1,4 +1,4 @@
-"""The step loop: feed tokens, sample one, stop without computing one that nobody will see."""
+"""A conversation's KV and state caches, and feeding tokens into them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-from flashmoe.bank.stats import Stats
+from flashmoe.base.clock import PhaseClock
 from flashmoe.kernels.linear import left_lazy, output_layers
 from flashmoe.streaming.experts import StreamedExperts
+from flashmoe.streaming.watch import LayerWatch
 
-Sampler = Callable[[mx.array], mx.array]
 Progress = Callable[[int, int], None]
 # Told before tokens are fed: how many are known, how many come, and the bytes that caches have.
 BeforeStep = Callable[[int, int, Callable[[], int]], None]
+
+
+class _Stopped(Exception):
+    """A forward pass was given up between two layers."""
 
 
 class TokenState:
@@ -30,18 +34,20 @@ class TokenState:
     def __init__(
         self,
         model: nn.Module,
-        stats: Stats,
+        clock: PhaseClock,
         chunk: int,
         before_step: BeforeStep | None = None,
     ) -> None:
         self.ids: list[int] = []
         self._model = model
-        self._stats = stats
+        self._clock = clock
         self._chunk = chunk
         self._before_step = before_step
         self._cache: list[Any] = make_prompt_cache(model)
         self._output_layers = output_layers(model)
-        self._n_layers = sum(isinstance(m, StreamedExperts) for m in model.modules())
+        streamed = [m for m in model.modules() if isinstance(m, StreamedExperts)]
+        self._n_layers = len(streamed)
+        self._watch = streamed[0].watch if streamed else LayerWatch()
         self._torn = False
         # How many ids were fed when it was set, and what each cache held that cannot be trimmed.
         self._mark: tuple[int, list[dict[str, Any] | None]] | None = None
@@ -81,16 +87,19 @@ class TokenState:
     ) -> mx.array | None:
         """Consume ids in chunks; `progress(done, total)` also counts a chunk's streamed layers,
         as parts of its tokens. Returns the logits [vocabulary] after the last one, or None
-        when `should_stop` turned true between chunks."""
+        when `should_stop` turned true, which is asked between streamed layers."""
         body, last = ids[:-1], ids[-1:]
-        for first in range(0, len(body), self._chunk):
-            if progress is not None:
-                progress(first, len(ids))
-            if should_stop():
-                return None
-            chunk = body[first : first + self._chunk]
-            with self._progress_by_layer(progress, first, len(chunk), len(ids)):
-                self._forward(chunk, logits=False)
+        try:
+            for first in range(0, len(body), self._chunk):
+                if progress is not None:
+                    progress(first, len(ids))
+                if should_stop():
+                    return None
+                chunk = body[first : first + self._chunk]
+                with self._by_layer(progress, should_stop, first, len(chunk), len(ids)):
+                    self._forward(chunk, logits=False)
+        except _Stopped:
+            return None
         logits = self._forward(last, logits=True)
         if progress is not None:
             progress(len(ids), len(ids))
@@ -109,17 +118,23 @@ class TokenState:
         with left_lazy(() if logits else self._output_layers):
             out: mx.array = self._model(mx.array([ids], mx.int32), cache=self._cache)[0, -1]
         state = [layer.state for layer in self._cache]
-        with self._stats.clock.during("computing"):
+        with self._clock.during("computing"):
             mx.eval(state, out) if logits else mx.eval(state)
         self.ids.extend(ids)
         self._torn = False
         return out
 
     @contextmanager
-    def _progress_by_layer(
-        self, progress: Progress | None, first: int, count: int, total: int
+    def _by_layer(
+        self,
+        progress: Progress | None,
+        should_stop: Callable[[], bool],
+        first: int,
+        count: int,
+        total: int,
     ) -> Iterator[None]:
-        """Between the layers of a chunk of `count` tokens, say how far it is."""
+        """Between the layers of a chunk of `count` tokens, say how far it is, and look whether to
+        stop."""
         done = 0
 
         def advance() -> None:
@@ -127,12 +142,14 @@ class TokenState:
             done += 1
             if progress is not None and done < self._n_layers:
                 progress(first + count * done // self._n_layers, total)
+            if should_stop():
+                raise _Stopped
 
-        self._stats.after_layer = advance
+        self._watch.done = advance
         try:
             yield
         finally:
-            self._stats.after_layer = None
+            self._watch.done = None
 
     def _trim(self, count: int) -> bool:
         if not all(map(_trims, _flatten(self._cache))) or not can_trim_prompt_cache(self._cache):
@@ -187,43 +204,3 @@ def _arrays(tree: Any) -> Iterator[mx.array]:
     elif isinstance(tree, list | tuple | dict):
         for item in tree.values() if isinstance(tree, dict) else tree:
             yield from _arrays(item)
-
-
-def generate_tokens(
-    state: TokenState,
-    ids: Sequence[int],
-    *,
-    sampler: Sampler,
-    max_tokens: int,
-    stop_ids: set[int],
-    stats: Stats,
-    progress: Progress | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[int]:
-    """Continue `ids`, yielding at most `max_tokens` token ids, a stop id being the last.
-
-    What `state` has already consumed of `ids` is not fed again.
-    """
-    with stats.generating("prefill"):
-        known = state.rewind_to_prefix_of(ids)
-        logits = state.feed(ids[known:], progress, should_stop)
-        stats.prompt_tokens += len(state.ids) - known
-    for count in range(1, max_tokens + 1):
-        if logits is None or should_stop():
-            return
-        with stats.generating("decode"):
-            token = _sample(logits, sampler, stats)
-            stats.tokens += 1
-        yield token
-        if token in stop_ids or count == max_tokens or should_stop():
-            return
-        with stats.generating("decode"):
-            logits = state.feed([token])
-
-
-def _sample(logits: mx.array, sampler: Sampler, stats: Stats) -> int:
-    logits = logits.astype(mx.float32)
-    logprobs = logits - mx.logsumexp(logits)
-    token: Any = sampler(logprobs[None])
-    with stats.clock.during("computing"):
-        return int(token.item())
