@@ -114,6 +114,15 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(path), f"{target}#{anchor}"
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/python.md", "docs/measured.md", "docs/log.md"])
+def test_files_that_pages_name_exist(name: str) -> None:
+    for paragraph in (ROOT / name).read_text().split("\n\n"):
+        if "at commit be14799" in paragraph or "at an earlier commit" in paragraph:
+            continue
+        for path in re.findall(r"\b(?:scripts|tests)/[\w./]+", paragraph):
+            assert (ROOT / path.rstrip(".")).exists(), f"{path}: say at which commit it was there"
+
+
 def anchors(page: Path) -> set[str]:
     """What the headings of a page are called in links to them, as GitHub names them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
