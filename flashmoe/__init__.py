@@ -78,9 +78,9 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from flashmoe.base.distribution import installed_version
 
-        return version("flashmoe")
+        return installed_version()
     if name not in __all__:
         raise AttributeError(f"module 'flashmoe' has no attribute {name!r}")
     module = importlib.import_module(f"flashmoe.{_HOMES.get(name, 'base.errors')}")

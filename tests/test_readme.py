@@ -1,4 +1,5 @@
-"""The README's commands and Python run as they stand, in a folder of their own."""
+"""The commands and Python of the README and docs/python.md run as they stand, in a folder of
+their own."""
 
 from __future__ import annotations
 
@@ -12,15 +13,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+PYTHON = (ROOT / "docs" / "python.md").read_text()
+MOST_WORDS = 900
 NOT_RUN = "<!-- not run by the tests"
 # Set-up and the targets that would run this test again; CI runs them by themselves.
 SKIPPED_WORDS = ("make ", "pip install", "flashmoe chat\n")
 
 
-def blocks(language: str) -> list[str]:
-    """The fenced blocks of a language, without those that the README marks as not run."""
+def blocks(language: str, text: str = README) -> list[str]:
+    """The fenced blocks of a language, without those that the text marks as not run."""
     pattern = re.compile(rf"(?P<before>[^\n]*)\n```{language}\n(?P<code>.*?)```", re.DOTALL)
-    return [m["code"] for m in pattern.finditer(README) if not m["before"].startswith(NOT_RUN)]
+    return [m["code"] for m in pattern.finditer(text) if not m["before"].startswith(NOT_RUN)]
 
 
 def shell_commands() -> list[str]:
@@ -65,8 +68,7 @@ def test_commands(folder: Path) -> None:
     assert "Washington." in everything
 
 
-def test_python(folder: Path) -> None:
-    (code,) = blocks("python")
+def run_python(code: str, folder: Path) -> str:
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
@@ -76,11 +78,52 @@ def test_python(folder: Path) -> None:
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    assert "Washington." in result.stdout
-    assert "A distinctive odor that is pleasant." in result.stdout
+    return result.stdout
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if "://" not in target:
-            assert (ROOT / target).exists(), target
+def test_python(folder: Path) -> None:
+    (code,) = blocks("python")
+    printed = run_python(code, folder)
+    assert "Washington." in printed
+    assert "A distinctive odor that is pleasant." in printed
+
+
+def test_the_examples_of_the_python_page(folder: Path) -> None:
+    examples = blocks("python", PYTHON)
+    assert len(examples) > 5
+    printed = run_python("\n".join(examples), folder)
+    assert "Washington." in printed
+    assert "A distinctive odor that is pleasant." in printed
+    assert printed.count("An outlying farm building") == 2
+    assert "bytes verified" in printed
+    assert "the least that fits is" in printed.splitlines()[-1]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) <= MOST_WORDS
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", page.read_text()):
+        if "://" in target:
+            continue
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/python.md", "docs/measured.md", "docs/log.md"])
+def test_files_that_pages_name_exist(name: str) -> None:
+    for paragraph in (ROOT / name).read_text().split("\n\n"):
+        if "at commit be14799" in paragraph or "at an earlier commit" in paragraph:
+            continue
+        for path in re.findall(r"\b(?:scripts|tests)/[\w./]+", paragraph):
+            assert (ROOT / path.rstrip(".")).exists(), f"{path}: say at which commit it was there"
+
+
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are called in links to them, as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

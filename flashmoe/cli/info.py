@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from flashmoe.io.select import ReaderStatus
     from flashmoe.kernels.select import KernelStatus
 
-PACKAGES = ("flashmoe", "mlx", "mlx-lm", "transformers", "huggingface_hub", "numpy")
+PACKAGES = ("mlx", "mlx-lm", "transformers", "huggingface_hub", "numpy")
 
 
 def info(
@@ -38,12 +38,14 @@ def info(
     import mlx.core as mx
 
     from flashmoe.base import machine
+    from flashmoe.base.distribution import installed_version
     from flashmoe.base.units import format_size
     from flashmoe.cli.console import out, print_json
     from flashmoe.io.select import reader_statuses, resolve_reader
     from flashmoe.kernels.select import auto_kernel, kernel_statuses
 
-    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    versions = {"python": platform.python_version(), "flashmoe": installed_version()}
+    versions |= {name: version(name) for name in PACKAGES}
     device = "cpu" if mx.default_device() == mx.cpu else "gpu"
     usable = machine.usable_memory_bytes()
     statuses = kernel_statuses()

@@ -15,6 +15,7 @@ from importlib.metadata import version
 import mlx.core as mx
 import numpy as np
 
+from flashmoe.base.distribution import installed_version
 from flashmoe.kernels import reference
 from flashmoe.kernels.activations import recognize
 from flashmoe.kernels.check_verdicts import PASSED, Verdicts
@@ -196,7 +197,7 @@ class Checker:
 def machine_name() -> str:
     """What a verdict holds for: device, operating system, versions."""
     device = mx.device_info().get("device_name", "unknown device")
-    packages = " ".join(f"{name} {version(name)}" for name in ("mlx", "flashmoe"))
+    packages = f"mlx {version('mlx')} flashmoe {installed_version()}"
     return f"{device} | {platform.platform()} | {packages}"
 
 

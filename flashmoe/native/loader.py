@@ -122,8 +122,8 @@ def _load() -> Any:
     path = Path(__file__).with_name(LIBRARY)
     if not path.exists():
         return (
-            f"{path} was not built: install flashmoe where there is a C++ compiler, "
-            "or run python -m flashmoe.native.build"
+            f"{path} was not built; where there is a C++ compiler, "
+            "python -m flashmoe.native.build builds it"
         )
     try:
         library = ctypes.CDLL(str(path))

@@ -3,11 +3,11 @@
 import resource
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+import flashmoe
 from flashmoe.cli.main import app
 from tests.support.commands import FLASHMOE, Result, Run
 
@@ -50,4 +50,4 @@ def test_flashmoe_alone_prints_help(run_cli: Run) -> None:
 
 
 def test_version(run_cli: Run) -> None:
-    assert run_cli("--version") == Result(0, f"flashmoe {version('flashmoe')}\n", "")
+    assert run_cli("--version") == Result(0, f"flashmoe {flashmoe.__version__}\n", "")
