@@ -55,7 +55,7 @@ def hold_chat(store: str, memory: str, args: argparse.Namespace) -> Report:
         "tokens": len(ids),
         "resizes": resizes,
         "seconds": seconds,
-        "decode_tokens_per_second": stats.tokens / stats.seconds.decode,
+        "decode_tokens_per_second": stats.generated_tokens / stats.seconds.decode,
         "hit_rate": stats.hit_rate,
     }
 

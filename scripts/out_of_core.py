@@ -72,10 +72,10 @@ def decode(store: str, args: argparse.Namespace) -> Report:
         page_cache = model.page_cache
     return {
         "kernel": resolve_kernel(kernel),
-        "tokens": spent.tokens,
-        "tokens_per_second": spent.tokens / spent.seconds.decode,
+        "tokens": spent.generated_tokens,
+        "tokens_per_second": spent.generated_tokens / spent.seconds.decode,
         "hit_rate": spent.hit_rate,
-        "bytes_read_per_token": spent.bytes_read / spent.tokens,
+        "bytes_read_per_token": spent.bytes_read / spent.generated_tokens,
         "waiting_share": spent.seconds.reading / spent.seconds.decode,
         "prompt_tokens": before.prompt_tokens,
         "prompt_chunk_tokens": chunk,

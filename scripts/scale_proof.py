@@ -139,7 +139,7 @@ def decode(args: argparse.Namespace) -> Report:
         spent = model.totals()
         report = {
             "load_seconds": loaded - begun,
-            "tokens": spent.tokens,
+            "tokens": spent.generated_tokens,
             "prompt_seconds": spent.seconds.prefill,
             "decode_seconds": spent.seconds.decode,
             "records_used": len(used),

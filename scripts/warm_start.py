@@ -61,7 +61,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         stats = model.totals()
         return {
             "seconds_to_first_token": first,
-            "tokens_per_second": spent.tokens / max(spent.seconds.decode, 1e-9),
+            "tokens_per_second": spent.generated_tokens / max(spent.seconds.decode, 1e-9),
             "hit_rate": spent.hit_rate,
             "warm_started": stats.warm_started,
             "warm_started_used": stats.warm_started_used,

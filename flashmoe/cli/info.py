@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flashmoe.base.errors import FlashMoEError
+from flashmoe.base.errors import FlashMoEError, MemoryBudgetError, OptionError
 from flashmoe.cli import options
 
 if TYPE_CHECKING:
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 PACKAGES = ("mlx", "mlx-lm", "transformers", "huggingface_hub", "numpy")
 
 
+@options.with_engine_options
 def info(
+    model: options.PlannedModel = None,
+    *,
+    engine: options.EngineOptions,
     check_kernels: Annotated[
         bool,
         typer.Option(
@@ -29,10 +33,19 @@ def info(
     ] = False,
     json: options.Json = False,
 ) -> None:
-    """Show versions, the device, and which kernels and readers there are and why."""
+    """Show what is installed here, or with a MODEL what running it would take.
+
+    With a MODEL: where each byte of memory would go, which kernel and reader would run and why,
+    and the least memory that would do. Nothing is loaded or repacked.
+    """
     if check_kernels:
         _check_kernels(json)
         return
+    if model is not None:
+        _show_plan(model, engine, json)
+        return
+    if engine != options.EngineOptions():
+        raise OptionError("these options plan the run of a model: name a store or a checkpoint")
     import platform
 
     import mlx.core as mx
@@ -73,6 +86,43 @@ def info(
     ]
     for name, value in rows:
         out.print(f"{name:<13} {value}", markup=False)
+
+
+def _show_plan(model: str, engine: options.EngineOptions, json: bool) -> None:
+    """Print what running a model would take."""
+    from flashmoe.base.units import format_size
+    from flashmoe.cli.console import out, print_json
+    from flashmoe.engine.api import plan_run
+    from flashmoe.engine.options import Options
+
+    plan = plan_run(model, Options(**vars(engine)))
+    if json:
+        print_json(plan.as_dict())
+        return
+    memory = plan.memory
+    for name, size_bytes, note in plan.rows():
+        out.print(f"{name:<17} {format_size(size_bytes):>9}  {note}", markup=False)
+    number = (
+        "no limit given" if memory.total_bytes is None else "of " + format_size(memory.total_bytes)
+    )
+    out.print(f"{'together':<17} {format_size(memory.planned_bytes):>9}  {number}", markup=False)
+    out.print(markup=False)
+    pages = "through the page cache" if plan.page_cache else "past the page cache"
+    lines = [
+        ("kernel", f"{plan.kernel}: {plan.kernel_reason}"),
+        ("reader", f"{plan.reader}: {plan.reader_reason}"),
+        ("records", f"{pages}: {plan.page_cache_reason}"),
+        ("prefetch", "where it pays" if plan.prefetch else "off"),
+        ("lossy", ", ".join(plan.lossy) or "nothing"),
+        ("least memory", format_size(memory.least_total_bytes)),
+    ]
+    for name, value in lines:
+        out.print(f"{name:<17} {value}", markup=False)
+    if not plan.fits:
+        try:
+            plan.check()
+        except MemoryBudgetError as error:
+            out.print(f"\nThis does not fit: {error}", markup=False)
 
 
 def _note(status: KernelStatus | ReaderStatus) -> str:

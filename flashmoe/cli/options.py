@@ -23,6 +23,14 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+PlannedModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A store, or a checkpoint folder or Hub id as repack would store it by default.",
+        show_default=False,
+    ),
+]
 StorePath = Annotated[str, typer.Argument(metavar="STORE", help="A folder that repack made.")]
 Memory = Annotated[
     str | None,

@@ -18,7 +18,9 @@ import numpy.typing as npt
 
 from flashmoe.base import machine
 from flashmoe.base.errors import FlashMoEError
+from flashmoe.checkpoint.source import resolve
 from flashmoe.checkpoint.tokenizer import load_tokenizer
+from flashmoe.demo import DEMO_FOLDER
 from flashmoe.engine.build import RunningModel
 from flashmoe.engine.decide import decide
 from flashmoe.engine.facts import MachineFacts, ModelFacts
@@ -33,28 +35,49 @@ from flashmoe.memory.budget import MemoryPlan
 from flashmoe.model.load import StreamingModel
 from flashmoe.probe.tuning import TuningFile
 from flashmoe.repacking.recipe import Recipe
-from flashmoe.repacking.repack import Progress
+from flashmoe.repacking.repack import Progress, plan_store
 from flashmoe.store.claim import claim
-from flashmoe.store.reader import Store
+from flashmoe.store.reader import Store, is_incomplete, is_store, open_store
+
+# Of a tokenizer that is not loaded: what one of 248,320 tokens was measured to take for each.
+TOKENIZER_TOKEN_BYTES = 340
 
 
-def plan_run(store: Store, options: Options | None = None, **named: Any) -> RunPlan:
-    """What a run of an open store would be, on this machine and in this process; nothing is
-    loaded but the tokenizer, whose memory counts.
+def plan_run(
+    source: str | Path | Store | None = None, options: Options | None = None, **named: Any
+) -> RunPlan:
+    """What a run would be on this machine and in this process.
 
-    The plan says itself whether it fits. Raises SourceError, OptionError, or MemoryBudgetError
-    for a bank below one token's needs.
+    `source` is a store, whose tokenizer is loaded because its memory counts; or a checkpoint (a
+    folder or a Hub id, of which headers are read) as `flashmoe.repack` would store it by default;
+    None is the demo model. The plan says itself
+    whether it fits. Raises SourceError, StoreError, OptionError, or MemoryBudgetError for a bank
+    below one token's needs.
     """
-    return _plan(store, replace(options or Options(), **named))[0]
+    options = replace(options or Options(), **named)
+    if isinstance(source, Store):
+        return _plan(source, options)[0]
+    folder = Path(DEMO_FOLDER if source is None else source).expanduser()
+    if is_store(folder) or is_incomplete(folder):
+        return _plan(open_store(folder), options)[0]
+    checkpoint = resolve(folder if source is None else source)
+    facts = ModelFacts.of_plan(*plan_store(checkpoint))
+    here = MachineFacts.here()
+    process_bytes = here.process_bytes + facts.vocabulary * TOKENIZER_TOKEN_BYTES
+    return decide(facts, options, replace(here, process_bytes=process_bytes))
 
 
 def _plan(store: Store, options: Options) -> tuple[RunPlan, Any]:
     """The plan, and the tokenizer that was loaded for it."""
     facts = ModelFacts.of_store(store)
-    tokenizer = load_tokenizer(store.path, facts.config.get("eos_token_id"), facts.vocabulary)
+    tokenizer = _tokenizer(store.path, facts)
     tuning = TuningFile(cache_folder(), store).read() if options.tuned else None
     here = MachineFacts.here(store.file(facts.layers[0].file))
     return decide(facts, options, here, tuning.choice if tuning else None), tokenizer
+
+
+def _tokenizer(folder: Path, facts: ModelFacts) -> Any:
+    return load_tokenizer(folder, facts.config.get("eos_token_id"), facts.vocabulary)
 
 
 class FlashMoEModel:

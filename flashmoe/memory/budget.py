@@ -300,6 +300,7 @@ def plan_memory(
             slots = share_slots(demands, room + lendable_bytes)
             lent = max(0, _slots_bytes(slots, demands) - rest)
     smallest = least if bank_bytes is None else _slots_bytes(slots, demands)
+    smallest += prompts[choose_prompts(prompts, 0)].nbytes
     return MemoryPlan(
         total_bytes,
         process_bytes,
@@ -311,7 +312,7 @@ def plan_memory(
         _slots_bytes(slots, demands),
         least,
         most_bank_bytes(demands),
-        _total_for(beside + prompts[0].nbytes + smallest) + JITTER_BYTES,
+        _total_for(beside + smallest) + JITTER_BYTES,
         lent,
     )
 

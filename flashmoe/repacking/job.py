@@ -13,7 +13,7 @@ from flashmoe.checkpoint.files import ConsumedFile, LocalFile, SourceFile
 from flashmoe.checkpoint.headers import TensorInfo
 from flashmoe.checkpoint.source import Checkpoint, SourceTensor
 from flashmoe.repacking.journal import Entry, Reached, begun
-from flashmoe.repacking.lazy_model import load_lazily
+from flashmoe.repacking.lazy_model import Loaded, load_lazily
 from flashmoe.repacking.pieces import Maker
 from flashmoe.repacking.plan import RepackPlan, plan_repack
 from flashmoe.repacking.presets import AS_IS
@@ -37,20 +37,31 @@ class Job:
     stated: dict[str, bytes]
 
 
-def prepare(
+@dataclass(frozen=True)
+class Outline:
+    """What a repack will write, and the lazily loaded model that says so; see `Job`."""
+
+    plan: RepackPlan
+    loaded: Loaded
+    settings: Settings
+    whole: Tensors
+    stated: dict[str, bytes]
+
+
+def outline(
     checkpoint: Checkpoint,
     tensors: dict[str, SourceTensor],
     recipe: Recipe,
     asked: bool,
     stated: Mapping[str, bytes] | None = None,
-) -> Job:
-    """Settle everything about a repack of `tensors`; `asked` says that the recipe was asked for,
-    `stated` has tensors that need not be read again.
+) -> Outline:
+    """The plan of a repack of `tensors`, from their headers alone; `asked` says that the recipe
+    was asked for, `stated` has tensors that need not be read again.
 
     Raises SourceError when the checkpoint is not what its family expects, OptionError when the
     recipe does not fit it.
     """
-    outline = {name: tensor.info for name, tensor in tensors.items()}
+    infos = {name: tensor.info for name, tensor in tensors.items()}
     files = checkpoint.weight_files
     known = dict(stated or {})
 
@@ -62,9 +73,9 @@ def prepare(
             known[name] = bytes(content)
         return known[name]
 
-    loaded = load_lazily(checkpoint, outline, read, outlined=bool(checkpoint.elsewhere))
-    model, config, graph = loaded.model, loaded.config, loaded.graph
-    routing = probe_routing(config)
+    loaded = load_lazily(checkpoint, infos, read, outlined=bool(checkpoint.elsewhere))
+    model = loaded.model
+    routing = probe_routing(loaded.config)
     settings: Settings = {}
     if not any("scales" in module for _, module in model.named_modules()):
         settings = settle(model, recipe)
@@ -74,7 +85,21 @@ def prepare(
             "leave out bits, group size, resident bits, method and recipe"
         )
     whole = quantize_lazily(model, settings)
-    plan = plan_repack(model, config, routing, settings)
+    plan = plan_repack(model, loaded.config, routing, settings)
+    return Outline(plan, loaded, settings, whole, known)
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    tensors: dict[str, SourceTensor],
+    recipe: Recipe,
+    asked: bool,
+    stated: Mapping[str, bytes] | None = None,
+) -> Job:
+    """Settle everything about a repack; arguments and errors as those of `outline`."""
+    found = outline(checkpoint, tensors, recipe, asked, stated)
+    plan, graph, whole = found.plan, found.loaded.graph, found.whole
+    files = checkpoint.weight_files
     order = schedule(plan, graph, tensors, len(files))
     if order.late and checkpoint.elsewhere:
         names = [order.parameters[index].name for index in order.late]
@@ -82,9 +107,11 @@ def prepare(
             f"{len(names)} tensors of {checkpoint.repo} ({names[0]}) cannot be made from byte "
             "ranges; download the checkpoint (hf download) and repack its folder"
         )
-    if order.late and not loaded.is_whole:
-        model = load_lazily(checkpoint, outline, read, outlined=False, whole=True).model
-        whole = quantize_lazily(model, settings)
+    if order.late and not found.loaded.is_whole:
+        infos = {name: tensor.info for name, tensor in tensors.items()}
+        read = found.stated.__getitem__
+        model = load_lazily(checkpoint, infos, read, outlined=False, whole=True).model
+        whole = quantize_lazily(model, found.settings)
     identity = {
         "source": [checkpoint.repo, checkpoint.revision],
         "files": [[file.name, file.size_bytes, file.version] for file in files],
@@ -92,7 +119,7 @@ def prepare(
         "plan": hashlib.sha256(repr((astuple(plan), order.pieces)).encode()).hexdigest(),
     }
     maker = Maker(graph, tensors, files) if graph is not None else None
-    return Job(checkpoint, plan, order, maker, whole, identity, known)
+    return Job(checkpoint, plan, order, maker, whole, identity, found.stated)
 
 
 def as_begun(

@@ -6,16 +6,27 @@ import shutil
 from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from flashmoe.base.dtypes import array_bytes
 from flashmoe.base.errors import SourceError, StoreError
-from flashmoe.checkpoint.source import check_files, resolve
+from flashmoe.checkpoint.config import Config, read_config
+from flashmoe.checkpoint.source import Checkpoint, check_files, resolve
 from flashmoe.repacking.checksums import checksums
-from flashmoe.repacking.job import Job, as_begun, check_consumable, consumer, goes_on, prepare
+from flashmoe.repacking.job import (
+    Job,
+    as_begun,
+    check_consumable,
+    consumer,
+    goes_on,
+    outline,
+    prepare,
+)
 from flashmoe.repacking.journal import Journal, begun
 from flashmoe.repacking.part_sizes import PlannedSizes, sizes_of
+from flashmoe.repacking.plan import RepackPlan
 from flashmoe.repacking.presets import choose_recipe
 from flashmoe.repacking.quantize import PACKED
 from flashmoe.repacking.recipe import Recipe
@@ -25,6 +36,7 @@ from flashmoe.store.reader import Store, is_store, open_store
 from flashmoe.store.writer import StoreWriter, refuse_unless_ours
 
 Progress = Callable[[int, int], None]
+_NO_PACKING = dict.fromkeys(("bits", "group_size", "resident_bits", "method"))
 
 
 def repack(
@@ -95,12 +107,25 @@ def dry_run(
     revision: str | None = None,
 ) -> PlannedSizes:
     """The sizes of what `repack` with these options would write; nothing is. Raises as it."""
-    chosen = choose_recipe(
-        recipe, bits=bits, group_size=group_size, resident_bits=resident_bits, method=method
+    plan, _ = plan_store(
+        resolve(source, revision),
+        bits=bits,
+        group_size=group_size,
+        resident_bits=resident_bits,
+        method=method,
+        recipe=recipe,
     )
-    asked = any(x is not None for x in (bits, group_size, resident_bits, method, recipe))
-    checkpoint = resolve(source, revision)
-    return sizes_of(prepare(checkpoint, check_files(checkpoint), chosen, asked).plan)
+    return sizes_of(plan)
+
+
+def plan_store(checkpoint: Checkpoint, **packing: Any) -> tuple[RepackPlan, Config]:
+    """What `repack` with this `packing` would write, from headers alone, and the config of what it
+    came from. Raises as `repack`."""
+    recipe = packing.pop("recipe", None)
+    asked = recipe is not None or any(value is not None for value in packing.values())
+    chosen = choose_recipe(recipe, **{**_NO_PACKING, **packing})
+    plan = outline(checkpoint, check_files(checkpoint), chosen, asked).plan
+    return plan, read_config(checkpoint.folder)
 
 
 def _execute(

@@ -70,7 +70,7 @@ def test_the_proof_in_small(
     text = {**config["text_config"], **sizes}
     (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": text}))
     folder = tmp_path / "proof"
-    options = ["--model", str(tmp_path / "config.json"), "--memory", "1GB", "--json"]
+    options = ["--model", str(tmp_path / "config.json"), "--memory", "3GB", "--json"]
     options += ["--published"] if published else []
     monkeypatch.setattr(sys, "argv", ["scale_proof.py", str(folder), *options])
     monkeypatch.setattr(sparse_source, "LARGE_BYTES", 8192)
