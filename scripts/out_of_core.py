@@ -63,7 +63,7 @@ def decode(store: str, args: argparse.Namespace) -> Report:
         )
         next(stream)
         before = model.totals()
-        read = model.read_counters
+        read = model._running.readers[0].counters
         for _ in stream:
             pass
         spent = model.totals().since(before)

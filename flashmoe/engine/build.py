@@ -49,7 +49,7 @@ class RunningModel:
         self.meter = Meter()
         self.streaming: StreamingModel | None = None
         self.governor: Governor | None = None
-        self._readers: list[Reader] = []
+        self.readers: list[Reader] = []
         self._warm_start: WarmStartFile | None = None
         try:
             with _MLX_LIMITS:
@@ -91,13 +91,13 @@ class RunningModel:
 
     def _open_readers(self, reads: Reads) -> Reading:
         decode = prefill = open_reader(reads.decode, page_cache=self.plan.page_cache)
-        self._readers.append(decode)
+        self.readers.append(decode)
         if resolve_reader(reads.prefill.reader) != resolve_reader(reads.decode.reader):
             prefill = open_reader(reads.prefill, page_cache=self.plan.page_cache)
         elif reads.prefill.depth != reads.decode.depth:
             prefill = decode.lane(reads.prefill.depth)
         if prefill is not decode:
-            self._readers.append(prefill)
+            self.readers.append(prefill)
         return Reading(decode, prefill, self.plan.memory.prompts.group_records)
 
     def forget_banks(self) -> None:
@@ -114,9 +114,9 @@ class RunningModel:
             streaming.stop_prefetch()
             if self._warm_start is not None and self.meter.counters.bytes_demanded:
                 self._warm_start.write([bank.by_value() for bank in streaming.banks])
-        for reader in self._readers:
+        for reader in self.readers:
             reader.close()
-        self._readers = []
+        self.readers = []
         if streaming is not None:
             streaming.close()
         self.governor = None

@@ -74,7 +74,7 @@ def test_without_the_library(demo, demo_store, monkeypatch):
         mx.eval(expected)
     monkeypatch.setattr("flashmoe.native.available", lambda: "it was not built")
     with FlashMoEModel.from_pretrained(demo_store, cache="min") as model:
-        assert type(model._running._readers[0]) is ThreadReader
+        assert type(model._running.readers[0]) is ThreadReader
         assert mx.array_equal(model.model(ids), expected)
 
 

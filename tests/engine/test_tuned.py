@@ -71,14 +71,14 @@ def test_results_are_the_same(home, demo, demo_store, record_paths, opened, page
         second = (reads.prefill, True) if page_cache else reads.prefill.depth
         assert opened == [(reads.decode, page_cache), second]
         assert (
-            type(model._running._readers[0]) is MmapReader
+            type(model._running.readers[0]) is MmapReader
             if page_cache
             else model.reader == "pread"
         )
         assert mx.array_equal(logits(model), logits(demo))
         assert model.generate(BARN) == BARN_ANSWER
-        assert model._running._readers[-1].counters.bytes > 0
-        assert model._running._readers[0].counters.bytes > 0
+        assert model._running.readers[-1].counters.bytes > 0
+        assert model._running.readers[0].counters.bytes > 0
 
 
 def test_what_the_user_says_comes_first(home, demo_store, record_paths, opened):

@@ -190,7 +190,7 @@ class Trials:
             try:
                 yield model
             finally:
-                reader = model._running._readers[0]
+                reader = model._running.readers[0]
                 if isinstance(reader, DelayingReader):
                     self.hits["prefetches cancelled"] += reader.cancelled[Priority.PREFETCH]
                     self.hits["prefetches begun"] += reader.begun[Priority.PREFETCH]
@@ -202,8 +202,8 @@ class Trials:
     @staticmethod
     def mend(model: FlashMoEModel) -> None:
         """Have nothing fail any more."""
-        assert isinstance(model._running._readers[0], DelayingReader)
-        model._running._readers[0].mend()
+        assert isinstance(model._running.readers[0], DelayingReader)
+        model._running.readers[0].mend()
 
     def store(self, family: str) -> Store:
         if family not in self._stores:
