@@ -94,7 +94,7 @@ def test_the_examples_of_the_python_page(folder: Path) -> None:
     printed = run_python("\n".join(examples), folder)
     assert "Washington." in printed
     assert "A distinctive odor that is pleasant." in printed
-    assert printed.count("An outlying farm building") == 2
+    assert printed.count("An outlying farm building") == 3
     assert "bytes verified" in printed
     assert "the least that fits is" in printed.splitlines()[-1]
 

@@ -71,9 +71,7 @@ def test_results_are_the_same(home, demo, demo_store, record_paths, opened, page
         second = (reads.prefill, True) if page_cache else reads.prefill.depth
         assert opened == [(reads.decode, page_cache), second]
         assert (
-            type(model._running.readers[0]) is MmapReader
-            if page_cache
-            else model.reader == "pread"
+            type(model._running.readers[0]) is MmapReader if page_cache else model.reader == "pread"
         )
         assert mx.array_equal(logits(model), logits(demo))
         assert model.generate(BARN) == BARN_ANSWER
