@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,18 @@ settings.load_profile("seeded")
 
 # On a Mac too: logits are compared byte for byte, which stock mlx-lm allows on this backend alone.
 mx.set_default_device(mx.cpu)
+
+
+def pytest_configure() -> None:
+    """Ctrl-C works in tests however they were started.
+
+    In the background of a script SIGINT is ignored, which Python leaves so and every process
+    that a test starts inherits. A handler in this process gives those the default again, since
+    no handler outlives exec. That is done once here, not where tests start processes: tests also
+    raise the signal in their own process, and whoever writes the next one need not know.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Where things are read and written

@@ -9,6 +9,7 @@ import pytest
 
 from flashmoe.base import machine
 from flashmoe.base.machine import cgroup_memory_left
+from tests.support.skips import needs
 
 GB = 10**9
 V2_MOUNT = "31 23 0:28 / /sys/fs/cgroup rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate"
@@ -143,7 +144,7 @@ def test_the_levels_of_a_mac(level: int, short: bool, monkeypatch: pytest.Monkey
     assert machine.memory_is_short() == short
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc can be told to")
+@needs("Linux")
 def test_freed_memory_goes_back() -> None:
     before = machine.resident_set_bytes()
     # Too small for mappings of their own, and something stays behind them.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from flashmoe.bench import cgroup
+from tests.support.skips import needs
 
 
-@pytest.mark.skipif(not os.access(cgroup.V1, os.W_OK), reason="needs root and a memory cgroup")
+@needs("root and a memory cgroup")
 def test_a_limit_holds() -> None:
     with cgroup.memory_cgroup(64 * 2**20) as entrance:
         limit = entrance.with_name("memory.limit_in_bytes").read_text()

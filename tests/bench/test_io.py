@@ -3,7 +3,6 @@
 import json
 import random
 import stat
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from flashmoe.probe.record_files import cached_share, evict, record_files, shuff
 from flashmoe.store.layout import TensorSpec
 from flashmoe.store.reader import Store, open_store
 from tests.support.commands import Run, assert_one_line
+from tests.support.skips import needs, require
 from tests.support.stores import layer_layout, write_store
 
 BRIEF = {"batches": [2], "seconds": 0.01, "rounds": 1}
@@ -108,7 +108,7 @@ class TestRecords:
             "layer-002.safetensors",
         ]
 
-    @pytest.mark.skipif(sys.platform != "linux", reason="mincore is asked on Linux only")
+    @needs("Linux")
     def test_what_was_just_read_is_in_the_page_cache(self, store_folder: Path) -> None:
         paths = record_files(open_store(store_folder)).paths
         for path in paths:
@@ -317,8 +317,7 @@ class TestReport:
 @pytest.mark.parametrize("page_cache", [True, False])
 def test_plain_threads(good_store: Store, page_cache: bool) -> None:
     files = record_files(good_store)
-    if not page_cache and UNCACHED not in modes_here(good_store):
-        pytest.skip("this file system reads only through the page cache")
+    require("uncached reads", page_cache or UNCACHED in modes_here(good_store))
     rival = PlainThreads(4, files, page_cache)
     assert rival.name == "plain reading, 4 threads"
     assert rival.rate(2, 0.05) > 0

@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import mmap
-import sys
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from flashmoe.base.errors import SourceError
 from flashmoe.checkpoint.files import BLOCK_BYTES, LocalFile
 from flashmoe.probe.record_files import cached_share, evict
+from tests.support.skips import needs, require
 
 SIZE_BYTES = 40 * BLOCK_BYTES + 123
 
@@ -53,11 +53,10 @@ def test_any_range_is_read(path, content, offset, n_bytes, shift):
     assert out == content[offset : offset + n_bytes]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="mincore is asked on Linux only")
+@needs("Linux")
 def test_whole_blocks_do_not_fill_the_page_cache(path, content):
     assert evict([path])
-    if cached_share([path]):
-        pytest.skip("this file system keeps its files in memory")
+    require("a page cache that can be emptied", not cached_share([path]))
     out = memory(32 * BLOCK_BYTES)
     LocalFile(path).read_into(0, out)
     assert cached_share([path]) == 0.0

@@ -15,6 +15,7 @@ from tests.support.answers import BARN, BARN_ANSWER
 from tests.support.commands import Run
 from tests.support.reader_cases import POOLS
 from tests.support.readers import FaultyReader
+from tests.support.skips import require
 
 
 def assert_same(demo, model):
@@ -28,8 +29,7 @@ def assert_same(demo, model):
 @pytest.fixture
 def uncached_store(demo_store):
     path = next((demo_store / "experts").iterdir())
-    if uncached_problem(path) is not None:
-        pytest.skip(f"{demo_store} is on a file system that needs the page cache")
+    require("uncached reads", uncached_problem(path) is None)
     return demo_store
 
 

@@ -14,6 +14,7 @@ from flashmoe.probe.tuning import Choice, Reads, Tuning, TuningFile
 from flashmoe.store.reader import open_store
 from tests.support.answers import BARN, BARN_ANSWER
 from tests.support.commands import Run
+from tests.support.skips import require
 
 READS = Reads(ReadSettings("pread", Depth(3, 4096)), ReadSettings("pread", Depth(16, 10_000)))
 ODD = Choice(cached=Reads(ReadSettings("mmap", Depth(2)), READS.prefill), uncached=READS)
@@ -22,8 +23,7 @@ ODD = Choice(cached=Reads(ReadSettings("mmap", Depth(2)), READS.prefill), uncach
 @pytest.fixture
 def record_paths(demo_store):
     paths = sorted((demo_store / "experts").iterdir())
-    if uncached_problem(paths[0]) is not None:
-        pytest.skip(f"{demo_store} is on a file system that needs the page cache")
+    require("uncached reads", uncached_problem(paths[0]) is None)
     return paths
 
 
@@ -115,8 +115,7 @@ def test_past_the_page_cache_nothing_is_kept_twice(home, demo_store, record_path
     """The operating system holds none of the records that a bank was read from."""
     for page_cache in (True, False):
         assert evict(record_paths)
-        if cached_share(record_paths):
-            pytest.skip("the page cache cannot be emptied here")
+        require("a page cache that can be emptied", not cached_share(record_paths))
         options = {"cache": "min", "page_cache": page_cache}
         with FlashMoEModel.from_pretrained(demo_store, **options) as model:
             for _ in range(3):

@@ -19,6 +19,7 @@ from flashmoe.io.reader import ReadRequest, Scatter, address_of
 from flashmoe.io.transfer import BOUNCE_BYTES, EndOfFile, FailedRead, Transfer
 from tests.support.reader_cases import POOLS
 from tests.support.readers import short_preadv
+from tests.support.skips import require
 
 # Neither a multiple of blocks nor of pieces.
 CONTENT = random.Random(3).randbytes(1_500_007)
@@ -33,8 +34,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uncached_path(path):
-    if uncached_problem(path) is not None:
-        pytest.skip(f"{path.parent} is on a file system that needs the page cache")
+    require("uncached reads", uncached_problem(path) is None)
     return path
 
 

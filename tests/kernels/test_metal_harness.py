@@ -7,6 +7,7 @@ import pytest
 from tests.support.metal_on_cpu import KernelFault, compiled, metal_kernel
 from tests.support.metal_on_cpu.build import fills_variables
 from tests.support.metal_runs import run_kernel
+from tests.support.skips import needs
 
 ROW_SUM = """
 #include <metal_stdlib>
@@ -178,7 +179,7 @@ def test_upper_lanes_keep_their_value_when_shuffled_down() -> None:
     assert y.tolist() == [*range(4, 32), *range(28, 32)]
 
 
-@pytest.mark.skipif(not fills_variables(), reason="the compiler cannot fill variables")
+@needs("GCC 12 or Clang", fills_variables())
 @compiled
 def test_a_variable_holds_rubbish_until_it_is_written() -> None:
     body = "uint i = thread_position_in_grid.x; float v; if (i < 16) v = x[i]; y[i] = v;"

@@ -6,9 +6,12 @@ import pytest
 
 from tests.support.metal_on_cpu import CompileFault, compiled
 from tests.support.metal_runs import run_kernel
+from tests.support.skips import needs
 
 NARROW = [mx.float16, mx.bfloat16]
 NAMES = {mx.float16: "half", mx.bfloat16: "bfloat"}
+# The stand-in that GCC compiles has one max for all; Clang checks against one per type.
+AMBIGUOUS = needs("clang++")
 
 EXPRESSIONS = {
     # half with float is float, half with an integer is half
@@ -135,9 +138,9 @@ def test_part_of_a_vector_is_written_alone() -> None:
         "bfloat b = 1.0f;",
         "bfloat b = x[i]; ",
         "half h = half(1); h = bfloat(1.0f) + bfloat(2.0f);",
-        "float f = max(1.0f, 2);",
+        pytest.param("float f = max(1.0f, 2);", marks=AMBIGUOUS),
         "float4 f = uint4(1);",
-        "float f = max(1, 2u);",
+        pytest.param("float f = max(1, 2u);", marks=AMBIGUOUS),
     ],
 )
 @compiled

@@ -1,7 +1,5 @@
 """The Metal harness compiles what MLX would, and refuses what Metal's compiler would refuse."""
 
-import shutil
-
 import mlx.core as mx
 import pytest
 
@@ -9,6 +7,7 @@ from tests.support.metal_on_cpu import CompileFault, compiled
 from tests.support.metal_on_cpu.rules import check_rules
 from tests.support.metal_on_cpu.source import mlx_source, share_variables, without_comments
 from tests.support.metal_runs import run_kernel
+from tests.support.skips import needs
 
 HEADER = """
 #include <metal_stdlib>
@@ -57,7 +56,7 @@ def test_the_source_is_the_one_that_mlx_writes() -> None:
     ]
 
 
-@pytest.mark.skipif(not shutil.which("clang++"), reason="Clang tells address spaces apart")
+@needs("clang++")
 @compiled
 def test_few_elements_are_passed_in_another_address_space() -> None:
     assert run_first(FIRST, 8).item() == 2.5
@@ -65,7 +64,7 @@ def test_few_elements_are_passed_in_another_address_space() -> None:
         run_first(FIRST, 7)
 
 
-@pytest.mark.skipif(not shutil.which("clang++"), reason="Clang tells address spaces apart")
+@needs("clang++")
 @pytest.mark.parametrize(
     "body",
     [

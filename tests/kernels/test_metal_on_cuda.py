@@ -32,8 +32,9 @@ from metal_on_cuda.trials import (
 from flashmoe.kernels.check_cases import make_case
 from flashmoe.native.build import find_compiler
 from tests.support.metal_on_cpu import compiled, metal_kernel
+from tests.support.skips import needs, require
 
-NVCC = build.find_tool("nvcc") if find_compiler() else None
+NVCC = build.find_tool("nvcc")
 STANDINS = Path(__file__).parents[1] / "support" / "cuda_on_cpu"
 SCRIPTS = Path(script.__file__).parent / "metal_on_cuda"
 
@@ -55,8 +56,7 @@ def name_of(request: Request) -> str:
 def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CudaDevice]:
     """The device that the stand-ins make of the CPU, with what the tiny trials call."""
     compiler = find_compiler()
-    if compiler is None:
-        pytest.skip("no C++ compiler")
+    require("a C++ compiler")
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
     files = [SCRIPTS / "device.cu", STANDINS / "runtime.cpp"]
     for i, text in enumerate(sources([r for trial in TINY for r in trial.requests()], parts=1)):
@@ -182,7 +182,8 @@ def test_sources() -> None:
     assert "const bfloat* x, const int32_t* slots, const int32_t* sizes, const float*" in texts[0]
 
 
-@pytest.mark.skipif(NVCC is None, reason="no nvcc, or no C++ compiler for it")
+@needs("a C++ compiler")
+@needs("nvcc", NVCC is not None)
 def test_nvcc_takes_the_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,7 +205,8 @@ def test_nvcc_takes_the_sources(
         assert len(report["checks"]) == 6
 
 
-@pytest.mark.skipif(NVCC is None, reason="no nvcc, or no C++ compiler for it")
+@needs("a C++ compiler")
+@needs("nvcc", NVCC is not None)
 def test_what_nvcc_refuses_is_told(tmp_path: Path) -> None:
     with pytest.raises(build.CompileError, match="simd_shuffle_sideways"):
         build.build_library(

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from flashmoe.store.layout import Quantization
 from flashmoe.store.reader import is_store
 from tests.support.disk import NO_SPACE, no_space
 from tests.support.refusals import refused
+from tests.support.skips import needs, require
 
 
 def test_a_full_disk_is_noticed_before_writing(float_qwen, dest, monkeypatch):
@@ -49,12 +49,11 @@ def test_an_existing_store_is_replaced_only_by_force(float_qwen, dest):
     assert layout.projections["up_proj"] == Quantization(4, 64)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="mincore is asked on Linux only")
+@needs("Linux")
 def test_the_page_cache_is_left_to_others(float_qwen, dest):
     source = list(float_qwen.glob("*.safetensors"))
     assert evict(source)
-    if cached_share(source):
-        pytest.skip("this file system keeps its files in memory")
+    require("a page cache that can be emptied", not cached_share(source))
     store = repack(float_qwen, dest)
     records = [dest / layer.layout.file for layer in store.manifest.layers]
     # What remains are headers, with what was read ahead of them.

@@ -13,6 +13,7 @@ from flashmoe import StoreError, repack
 from flashmoe.repacking import walk
 from flashmoe.store.reader import is_store
 from tests.support.refusals import refused
+from tests.support.skips import require
 from tests.support.stores import folder_content
 
 DISK_BYTES = 3_000_000
@@ -24,12 +25,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if mounted.returncode:
-        pytest.skip(f"a disk cannot be mounted here: {mounted.stderr.strip()}")
+    require("mount")
+    mounted = subprocess.run(command, capture_output=True, check=False)
+    require("permission to mount", mounted.returncode == 0)
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 

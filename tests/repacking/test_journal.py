@@ -26,6 +26,7 @@ from flashmoe.repacking.digest import (
 from flashmoe.repacking.hashing import Hashing
 from flashmoe.repacking.journal import Journal, Reached, begun
 from flashmoe.store.manifest import JOURNAL_NAME
+from tests.support.skips import require
 
 CONTENT = bytearray(random.Random(0).randbytes(100_000))
 
@@ -40,8 +41,7 @@ KINDS: dict[str, type[Sha256]] = {
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What hashes, one after the other."""
-    if request.param == "native" and not checksum.available():
-        pytest.skip("this processor or this installation cannot hash natively")
+    require("native SHA-256", request.param != "native" or checksum.available())
     if request.param != "native":
         monkeypatch.setattr(checksum, "available", lambda: False)
     if request.param == "plain":

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
-
 from flashmoe import native
 from flashmoe.io.depth import BLOCK_BYTES, LARGEST_PIECE_BYTES
 from flashmoe.io.files import uncached_problem
@@ -24,6 +22,7 @@ from tests.support.readers import (
     delayed_preadv,
     short_preadv,
 )
+from tests.support.skips import require
 
 CONTENT = random.Random(0).randbytes(50_000)
 ONES = b"\xaa"
@@ -80,8 +79,7 @@ class Case:
         path = self.folder / name
         path.write_bytes(content)
         self.files[path] = content
-        if self.uncached and uncached_problem(path) is not None:
-            pytest.skip(f"{self.folder} is on a file system that needs the page cache")
+        require("uncached reads", not self.uncached or uncached_problem(path) is None)
         return path
 
     def reader(self, bad_offset: int | None = None, threads: int = 4) -> Reader:
