@@ -90,7 +90,7 @@ def measure(model: FlashMoEModel, texts: list[Text]) -> dict[str, float]:
 
 def bank_bytes(store: Store, share: float) -> int:
     """The bank that has room for this share of all experts."""
-    demands = layer_demands([layer.layout for layer in store.manifest.layers], widen=False)
+    demands = layer_demands([layer.layout.unit for layer in store.manifest.layers], widen=False)
     return sum(round(demand.most * share) * demand.slot_bytes for demand in demands)
 
 

@@ -20,16 +20,16 @@ def reads_apart(record_bytes: int) -> bool:
 
 @dataclass(frozen=True)
 class Arrival:
-    """An expert on its way into a slot; `row` is its staging row."""
+    """A record on its way into a slot; `row` is its staging row."""
 
-    expert: int
+    record: int
     slot: int
     row: int
     request: ReadRequest
 
 
 class Arrivals:
-    """Experts being read. `land` waits for some; leaving the `with` block waits for all.
+    """Records being read. `land` waits for some; leaving the `with` block waits for all.
 
     Each record is a batch of its own when `apart`, so that it can be used before the others are
     there; otherwise all of them are one batch. Those of `begun` are being read
@@ -71,7 +71,7 @@ class Arrivals:
         return bool(self._coming)
 
     def land(self) -> list[int]:
-        """Wait until one more record is whole, at least; the experts that landed.
+        """Wait until one more record is whole, at least; the records that landed.
 
         Empty when none is left. Raises ReadError when a record cannot be read whole; then all
         that had not landed are lost.
@@ -91,7 +91,7 @@ class Arrivals:
             raise
         self._coming = [pair for i, pair in enumerate(self._coming) if i not in ended]
         self._landed(arrived)
-        return [arrival.expert for arrival in arrived]
+        return [arrival.record for arrival in arrived]
 
     def __enter__(self) -> Arrivals:
         return self

@@ -1,4 +1,4 @@
-"""Which resident expert gives way when a slot is needed. Knows expert numbers, no memory."""
+"""Which resident record gives way when a slot is needed. Knows record numbers, no memory."""
 
 from __future__ import annotations
 
@@ -14,70 +14,70 @@ LARGEST_WEIGHT = 1e100
 
 
 class Policy(ABC):
-    """Keeps the experts of one bank in an order of eviction.
+    """Keeps the records of one bank in an order of eviction.
 
-    The bank tells it of every use; an expert that it does not know is thereby admitted. The
+    The bank tells it of every use; a record that it does not know is thereby admitted. The
     bank asks for a victim when it has no free slot. The same calls in the same order always give
-    the same victims. Every operation is cheap, because there is one per expert access: O(1),
-    except that `victim` also passes over the pinned experts in its way, and what it sets aside
+    the same victims. Every operation is cheap, because there is one per record access: O(1),
+    except that `victim` also passes over the pinned records in its way, and what it sets aside
     for later it has been paid for by earlier uses.
     """
 
     def __init__(self, capacity: int) -> None:
-        """`capacity` is the number of slots, at least 1; the bank admits no more experts."""
+        """`capacity` is the number of slots, at least 1; the bank admits no more records."""
         self.capacity = _checked(capacity)
 
     def resize(self, capacity: int) -> None:
         """Note that the bank now has another number of slots, at least 1.
 
         Who is resident stays: a bank that shrinks takes its victims before. Raises ValueError
-        for fewer slots than resident experts.
+        for fewer slots than resident records.
         """
         if capacity < len(self):
-            raise ValueError(f"{len(self)} experts are resident, more than {capacity} slots")
+            raise ValueError(f"{len(self)} records are resident, more than {capacity} slots")
         self.capacity = _checked(capacity)
 
     @abstractmethod
-    def use(self, expert: int) -> None:
-        """Note that an expert is being used; an unknown one has just been brought in."""
+    def use(self, record: int) -> None:
+        """Note that a record is being used; an unknown one has just been brought in."""
 
     @abstractmethod
     def victim(self, pinned: Collection[int]) -> int:
-        """The expert to evict, none of `pinned`; it is no longer resident.
+        """The record to evict, none of `pinned`; it is no longer resident.
 
-        Raises LookupError, and evicts nothing, when every resident expert is pinned. `pinned`
+        Raises LookupError, and evicts nothing, when every resident record is pinned. `pinned`
         should answer `in` in O(1).
         """
 
     @abstractmethod
-    def forget(self, expert: int) -> None:
-        """Note that a resident expert has lost its slot without having been a victim.
+    def forget(self, record: int) -> None:
+        """Note that a resident record has lost its slot without having been a victim.
 
         Raises KeyError when it is not resident.
         """
 
     def ranked(self) -> list[int]:
-        """The resident experts, those that would be evicted last first."""
+        """The resident records, those that would be evicted last first."""
         left = copy.deepcopy(self)
         order = [left.victim(()) for _ in range(len(left))]
         return order[::-1]
 
     @abstractmethod
-    def __contains__(self, expert: int) -> bool:
-        """Whether this expert counts as resident."""
+    def __contains__(self, record: int) -> bool:
+        """Whether this record counts as resident."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many experts count as resident."""
+        """How many records count as resident."""
 
 
 class LFU(Policy):
-    """Evicts the expert with the lowest score, the sum of its uses, each halved in weight after
-    every `half_life` times capacity uses of any expert.
+    """Evicts the record with the lowest score, the sum of its uses, each halved in weight after
+    every `half_life` times capacity uses of any record.
 
     A short half-life makes it an LRU, an endless one counts uses. Scores outlive eviction: an
-    expert that is brought in again has the score it would have had. A victim takes O(log n)
-    for each expert that was used since it was last looked at.
+    record that is brought in again has the score it would have had. A victim takes O(log n)
+    for each record that was used since it was last looked at.
     """
 
     def __init__(self, capacity: int, half_life: float = HALF_LIFE) -> None:
@@ -87,7 +87,7 @@ class LFU(Policy):
         self._weight = 1.0
         self._scores: dict[int, float] = {}
         self._resident: set[int] = set()
-        # One entry for each resident expert, its score when it was put there: scores only grow,
+        # One entry for each resident record, its score when it was put there: scores only grow,
         # so the true one is never lower.
         self._heap: list[tuple[float, int]] = []
 
@@ -95,12 +95,12 @@ class LFU(Policy):
         super().resize(capacity)
         self._growth = self._growth_at(capacity)
 
-    def use(self, expert: int) -> None:
-        score = self._scores.get(expert, 0.0) + self._weight
-        self._scores[expert] = score
-        if expert not in self._resident:
-            self._resident.add(expert)
-            heappush(self._heap, (score, expert))
+    def use(self, record: int) -> None:
+        score = self._scores.get(record, 0.0) + self._weight
+        self._scores[record] = score
+        if record not in self._resident:
+            self._resident.add(record)
+            heappush(self._heap, (score, record))
         self._weight *= self._growth
         if self._weight > LARGEST_WEIGHT:
             self._rescale()
@@ -110,13 +110,13 @@ class LFU(Policy):
         found = None
         while self._heap and found is None:
             entry = heappop(self._heap)
-            score, expert = entry
-            if self._scores[expert] > score:
-                heappush(self._heap, (self._scores[expert], expert))
-            elif expert in pinned:
+            score, record = entry
+            if self._scores[record] > score:
+                heappush(self._heap, (self._scores[record], record))
+            elif record in pinned:
                 passed.append(entry)
             else:
-                found = expert
+                found = record
         for entry in passed:
             heappush(self._heap, entry)
         if found is None:
@@ -124,13 +124,13 @@ class LFU(Policy):
         self._resident.remove(found)
         return found
 
-    def forget(self, expert: int) -> None:
-        self._resident.remove(expert)
-        self._heap = [entry for entry in self._heap if entry[1] != expert]
+    def forget(self, record: int) -> None:
+        self._resident.remove(record)
+        self._heap = [entry for entry in self._heap if entry[1] != record]
         heapify(self._heap)
 
-    def __contains__(self, expert: int) -> bool:
-        return expert in self._resident
+    def __contains__(self, record: int) -> bool:
+        return record in self._resident
 
     def __len__(self) -> int:
         return len(self._resident)
@@ -142,35 +142,35 @@ class LFU(Policy):
 
     def _rescale(self) -> None:
         scale = 1.0 / self._weight
-        self._scores = {expert: score * scale for expert, score in self._scores.items()}
-        self._heap = [(self._scores[expert], expert) for _, expert in self._heap]
+        self._scores = {record: score * scale for record, score in self._scores.items()}
+        self._heap = [(self._scores[record], record) for _, record in self._heap]
         heapify(self._heap)
         self._weight = 1.0
 
 
 class LRU(Policy):
-    """Evicts the expert that was used longest ago."""
+    """Evicts the record that was used longest ago."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
         self._order: OrderedDict[int, None] = OrderedDict()
 
-    def use(self, expert: int) -> None:
-        self._order[expert] = None
-        self._order.move_to_end(expert)
+    def use(self, record: int) -> None:
+        self._order[record] = None
+        self._order.move_to_end(record)
 
     def victim(self, pinned: Collection[int]) -> int:
-        expert = next((used for used in self._order if used not in pinned), None)
-        if expert is None:
+        record = next((used for used in self._order if used not in pinned), None)
+        if record is None:
             raise _nothing_to_evict()
-        del self._order[expert]
-        return expert
+        del self._order[record]
+        return record
 
-    def forget(self, expert: int) -> None:
-        del self._order[expert]
+    def forget(self, record: int) -> None:
+        del self._order[record]
 
-    def __contains__(self, expert: int) -> bool:
-        return expert in self._order
+    def __contains__(self, record: int) -> bool:
+        return record in self._order
 
     def __len__(self) -> int:
         return len(self._order)
@@ -183,5 +183,5 @@ def _checked(capacity: int) -> int:
 
 
 def _nothing_to_evict() -> LookupError:
-    """The error for a bank whose experts are all pinned."""
-    return LookupError("every resident expert is pinned")
+    """The error for a bank whose records are all pinned."""
+    return LookupError("every resident record is pinned")

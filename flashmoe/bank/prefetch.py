@@ -21,15 +21,15 @@ class PrefetchReads:
         # Without a ticket only while, or when, its submission was interrupted.
         self._coming: dict[int, tuple[Ticket | None, Arrival]] = {}
 
-    def __contains__(self, expert: int) -> bool:
-        return expert in self._coming
+    def __contains__(self, record: int) -> bool:
+        return record in self._coming
 
     def __len__(self) -> int:
         return len(self._coming)
 
     @property
-    def experts(self) -> list[int]:
-        """The experts that are being read, in the order in which that began."""
+    def records(self) -> list[int]:
+        """The records that are being read, in the order in which that began."""
         return list(self._coming)
 
     @property
@@ -42,21 +42,21 @@ class PrefetchReads:
 
         Raises ReadError when the file cannot be opened; then nothing is read.
         """
-        self._coming[arrival.expert] = (None, arrival)
+        self._coming[arrival.record] = (None, arrival)
         try:
             ticket = self._reader.submit([arrival.request], self._priority)
         except ReadError:
-            del self._coming[arrival.expert]
+            del self._coming[arrival.record]
             raise
-        self._coming[arrival.expert] = (ticket, arrival)
+        self._coming[arrival.record] = (ticket, arrival)
 
-    def adopt(self, expert: int) -> tuple[Ticket | None, Arrival]:
+    def adopt(self, record: int) -> tuple[Ticket | None, Arrival]:
         """Hand over a record that is on its way: a ticket to wait for, or None when it had not
         begun and has to be demanded into the same slot."""
-        ticket, arrival = self._coming[expert]
+        ticket, arrival = self._coming[record]
         if ticket is None:
             self._reader.drain()
-        del self._coming[expert]
+        del self._coming[record]
         if ticket is None:
             return None, arrival
         return (None if ticket.cancel() else ticket), arrival
@@ -65,34 +65,34 @@ class PrefetchReads:
         """The records that are whole by now, and those that failed: a demand will say why."""
         ended: dict[int, bool] = {}
         under_way = 0
-        for expert, (ticket, _) in self._coming.items():
+        for record, (ticket, _) in self._coming.items():
             if ticket is None:
                 self._reader.drain()
-                ended[expert] = False
+                ended[record] = False
             elif ticket.done():
-                ended[expert] = _succeeded(ticket)
+                ended[record] = _succeeded(ticket)
             else:
                 under_way += 1
                 if under_way == UNDER_WAY:
                     break
         # Only now, so that an interrupted wait loses none.
-        arrivals = [(self._coming.pop(expert)[1], whole) for expert, whole in ended.items()]
+        arrivals = [(self._coming.pop(record)[1], whole) for record, whole in ended.items()]
         return [a for a, whole in arrivals if whole], [a for a, whole in arrivals if not whole]
 
-    def cancel(self, expert: int) -> Arrival | None:
+    def cancel(self, record: int) -> Arrival | None:
         """Cancel one that has not begun; None when it has."""
-        ticket, arrival = self._coming[expert]
+        ticket, arrival = self._coming[record]
         if ticket is None or not ticket.cancel():
             return None
-        del self._coming[expert]
+        del self._coming[record]
         return arrival
 
     def give_up(self, keep: Collection[int]) -> tuple[Arrival, bool] | None:
         """Take one back that is not kept, and whether it was read whole: the last that has not
         begun, or else the first, which is waited for. None when all are kept."""
-        others = [expert for expert in self._coming if expert not in keep]
-        for expert in reversed(others):
-            if (arrival := self.cancel(expert)) is not None:
+        others = [record for record in self._coming if record not in keep]
+        for record in reversed(others):
+            if (arrival := self.cancel(record)) is not None:
                 return arrival, False
         if not others:
             return None
@@ -111,8 +111,8 @@ class PrefetchReads:
 
     def drop(self, keep: Collection[int]) -> list[Arrival]:
         """Cancel what has not begun and is not kept; what has begun is let go on."""
-        others = [expert for expert in self._coming if expert not in keep]
-        dropped = [self.cancel(expert) for expert in others]
+        others = [record for record in self._coming if record not in keep]
+        dropped = [self.cancel(record) for record in others]
         return [arrival for arrival in dropped if arrival is not None]
 
     def finish(self) -> tuple[list[Arrival], list[Arrival]]:

@@ -1,4 +1,4 @@
-"""Which expert is in which slot of a layer's bank, and which gives way.
+"""Which record is in which slot of a layer's bank, and which gives way.
 
 Fencing: a kernel's output is lazy and reads its slots when it is evaluated. The table is told of
 every output (`uses`) and evaluates those that are pending before any slot is overwritten.
@@ -18,7 +18,7 @@ from flashmoe.bank.eviction import Policy
 from flashmoe.bank.meter import Meter
 from flashmoe.bank.slot_memory import SlotMemory
 from flashmoe.base.errors import FlashMoEError
-from flashmoe.store.layout import LayerLayout
+from flashmoe.store.layout import Unit
 
 ABSENT = -1
 
@@ -28,7 +28,7 @@ class SlotTable:
 
     def __init__(
         self,
-        layer: LayerLayout,
+        unit: Unit,
         meter: Meter,
         *,
         n_slots: int,
@@ -36,27 +36,27 @@ class SlotTable:
         policy: type[Policy],
         most_slots: int | None,
     ) -> None:
-        self.group = layer.top_k
-        self.record_bytes = layer.record.stride
-        self.n_experts = layer.n_experts
-        if n_slots < self.group:
-            raise ValueError(f"{layer.path} needs at least {self.group} slots, not {n_slots}")
-        self.memory = SlotMemory(layer.record, n_slots, self.group, widen, most_slots)
-        self._layer = layer
+        self.step_records = unit.step_records
+        self.record_bytes = unit.record.stride
+        self.n_records = unit.n_records
+        if n_slots < self.step_records:
+            raise ValueError(f"{unit.name} needs at least {self.step_records} slots, not {n_slots}")
+        self.memory = SlotMemory(unit.record, n_slots, self.step_records, widen, most_slots)
+        self._unit = unit
         self._counters, self._clock = meter.counters, meter.clock
         self._policy = policy(n_slots)
-        self._slot_of = np.full(layer.n_experts, ABSENT, np.int32)
+        self._slot_of = np.full(unit.n_records, ABSENT, np.int32)
         self._free = list(range(n_slots - 1, -1, -1))
         self._pending: list[mx.array] = []
         self._closed = False
 
-    def resident(self, experts: Sequence[int]) -> list[int]:
-        """Those of `experts` that are in a slot."""
-        return [expert for expert in experts if self._slot_of[expert] != ABSENT]
+    def resident(self, records: Sequence[int]) -> list[int]:
+        """Those of `records` that are in a slot."""
+        return [record for record in records if self._slot_of[record] != ABSENT]
 
-    def slots_of(self, experts: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-        """The slots of resident experts, in the array's shape."""
-        slots: npt.NDArray[np.int32] = self._slot_of[experts]
+    def slots_of(self, records: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+        """The slots of resident records, in the array's shape."""
+        slots: npt.NDArray[np.int32] = self._slot_of[records]
         return slots
 
     def uses(self, output: mx.array) -> None:
@@ -69,21 +69,21 @@ class SlotTable:
 
     @property
     def n_free(self) -> int:
-        """Slots that hold no expert."""
+        """Slots that hold no record."""
         return len(self._free)
 
     @property
     def holds_all(self) -> bool:
-        """Whether every expert of the layer is in a slot."""
+        """Whether every record of the layer is in a slot."""
         return bool((self._slot_of != ABSENT).all())
 
     def held(self) -> list[int]:
-        """All experts that are in a slot."""
-        experts: list[int] = np.flatnonzero(self._slot_of != ABSENT).tolist()
-        return experts
+        """All records that are in a slot."""
+        records: list[int] = np.flatnonzero(self._slot_of != ABSENT).tolist()
+        return records
 
     def slot_table(self) -> npt.NDArray[np.int32]:
-        """The slot of each expert [n_experts], or ABSENT, as it is now.
+        """The slot of each record [n_records], or ABSENT, as it is now.
 
         Raises FlashMoEError once the bank is closed.
         """
@@ -91,35 +91,35 @@ class SlotTable:
         return self._slot_of.copy()
 
     def make_room(self, uses: Mapping[int, int], count: int) -> None:
-        """Evict `count` of the resident experts, which `uses` covers: those with the lowest
+        """Evict `count` of the resident records, which `uses` covers: those with the lowest
         value, and of equal ones those that the policy would."""
         for level in sorted(set(uses.values())):
-            pinned = {expert for expert in uses if uses[expert] != level}
+            pinned = {record for record in uses if uses[record] != level}
             for _ in range(min(count, len(uses) - len(pinned))):
                 self._free.append(self._evict(pinned))
                 count -= 1
 
-    def adopt(self, expert: int, source: SlotMemory, slot: int) -> None:
-        """Copy an absent expert out of another memory's slot into a free one."""
+    def adopt(self, record: int, source: SlotMemory, slot: int) -> None:
+        """Copy an absent record out of another memory's slot into a free one."""
         self._settle_pending()
         own = self._free.pop()
         try:
             self.memory.copy_slot(own, source, slot)
-            self._policy.use(expert)
-            self._slot_of[expert] = own
+            self._policy.use(record)
+            self._slot_of[record] = own
         except BaseException:
             self._free.append(own)
             raise
 
     def _vacate(self, n_slots: int) -> None:
-        """Leave `n_slots` experts at most, and these in the first slots."""
+        """Leave `n_slots` records at most, and these in the first slots."""
         for _ in range(len(self.held()) - n_slots):
             self._free.append(self._evict(set()))
         low = [slot for slot in self._free if slot < n_slots]
-        for expert in np.flatnonzero(self._slot_of >= n_slots).tolist():
-            old, new = int(self._slot_of[expert]), low.pop()
+        for record in np.flatnonzero(self._slot_of >= n_slots).tolist():
+            old, new = int(self._slot_of[record]), low.pop()
             self.memory.copy_slot(new, self.memory, old)
-            self._slot_of[expert] = new
+            self._slot_of[record] = new
             self._free[self._free.index(new)] = old
 
     def _check_open(self) -> None:
@@ -130,8 +130,8 @@ class SlotTable:
         # Whatever the slots hold now belongs to nobody.
         for arrival in arrivals:
             self._free.append(arrival.slot)
-            if arrival.expert in self._policy:
-                self._policy.forget(arrival.expert)
+            if arrival.record in self._policy:
+                self._policy.forget(arrival.record)
 
     def _settle_pending(self) -> None:
         if self._pending:
@@ -140,7 +140,7 @@ class SlotTable:
             self._pending.clear()
 
     def _evict(self, pinned: set[int]) -> int:
-        """The slot of an expert that is no longer resident, none of `pinned`."""
+        """The slot of a record that is no longer resident, none of `pinned`."""
         victim = self._policy.victim(pinned)
         self._evicted(victim)
         slot = int(self._slot_of[victim])
@@ -148,4 +148,4 @@ class SlotTable:
         return slot
 
     def _evicted(self, victim: int) -> None:
-        """Told of every expert that is evicted."""
+        """Told of every record that is evicted."""

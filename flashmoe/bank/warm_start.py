@@ -19,16 +19,16 @@ class WarmStart:
     def __init__(self, reader: Reader, meter: Meter) -> None:
         self._reads = PrefetchReads(reader, Priority.WARM_START)
         self._counters = meter.counters
-        # Experts by value, 0 the highest.
+        # Records by value, 0 the highest.
         self._rank: dict[int, int] = {}
         self._paused: list[int] = []
-        # Experts that landed and have not been asked for since.
+        # Records that landed and have not been asked for since.
         self._unused: set[int] = set()
-        # Experts that landed and that the policy has not been told of.
+        # Records that landed and that the policy has not been told of.
         self._landed: set[int] = set()
 
-    def __contains__(self, expert: int) -> bool:
-        return expert in self._reads
+    def __contains__(self, record: int) -> bool:
+        return record in self._reads
 
     def __len__(self) -> int:
         return len(self._reads)
@@ -40,20 +40,20 @@ class WarmStart:
 
     @property
     def paused(self) -> list[int]:
-        """The experts that `pause` gave up, the most valuable first."""
+        """The records that `pause` gave up, the most valuable first."""
         return sorted(self._paused, key=self._rank.__getitem__)
 
-    def rank(self, experts: Sequence[int]) -> None:
-        """Say which experts may be warm_started, the most valuable first."""
-        self._rank = {expert: rank for rank, expert in enumerate(experts)}
+    def rank(self, records: Sequence[int]) -> None:
+        """Say which records may be warm_started, the most valuable first."""
+        self._rank = {record: rank for rank, record in enumerate(records)}
 
     def begin(self, arrival: Arrival) -> None:
         """As `PrefetchReads.begin`."""
         self._reads.begin(arrival)
 
-    def adopt(self, expert: int) -> tuple[Ticket | None, Arrival]:
+    def adopt(self, record: int) -> tuple[Ticket | None, Arrival]:
         """As `PrefetchReads.adopt`."""
-        ticket, arrival = self._reads.adopt(expert)
+        ticket, arrival = self._reads.adopt(record)
         if ticket is not None:
             self._counters.warm_started += 1
             self._counters.warm_started_used += 1
@@ -62,8 +62,8 @@ class WarmStart:
     def harvest(self) -> tuple[list[Arrival], list[Arrival]]:
         """As `PrefetchReads.harvest`."""
         whole, failed = self._reads.harvest()
-        self._unused.update(arrival.expert for arrival in whole)
-        self._landed.update(arrival.expert for arrival in whole)
+        self._unused.update(arrival.record for arrival in whole)
+        self._landed.update(arrival.record for arrival in whole)
         self._counters.warm_started += len(whole)
         return whole, failed
 
@@ -75,8 +75,8 @@ class WarmStart:
     def give_up(self, pinned: Collection[int]) -> Arrival | None:
         """The least valuable record that has not begun, none of `pinned`, which is not read
         now."""
-        for expert in sorted(self._reads.experts, key=self._rank.__getitem__, reverse=True):
-            if expert not in pinned and (arrival := self._reads.cancel(expert)) is not None:
+        for record in sorted(self._reads.records, key=self._rank.__getitem__, reverse=True):
+            if record not in pinned and (arrival := self._reads.cancel(record)) is not None:
                 return arrival
         return None
 
@@ -87,19 +87,19 @@ class WarmStart:
     def pause(self) -> list[Arrival]:
         """Give up for now what has not begun."""
         dropped = self.drop()
-        self._paused = [arrival.expert for arrival in dropped]
+        self._paused = [arrival.record for arrival in dropped]
         return dropped
 
     def outlast(self) -> None:
         """As `PrefetchReads.outlast`."""
         self._reads.outlast()
 
-    def use(self, experts: Collection[int]) -> None:
-        """Note that experts were asked for."""
-        used = self._unused.intersection(experts)
+    def use(self, records: Collection[int]) -> None:
+        """Note that records were asked for."""
+        used = self._unused.intersection(records)
         self._unused -= used
         self._counters.warm_started_used += len(used)
 
-    def forget(self, expert: int) -> None:
-        """Note that an expert was evicted."""
-        self._unused.discard(expert)
+    def forget(self, record: int) -> None:
+        """Note that a record was evicted."""
+        self._unused.discard(record)

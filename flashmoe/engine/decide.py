@@ -103,8 +103,8 @@ def choose_widening(config: Config, dtype: str, *, on_cpu: bool) -> bool:
 def _can_prefetch(needs: Needs) -> bool:
     """Whether any record is large enough to be read apart, and lands as kernels see it."""
     return any(
-        reads_apart(layer.record.stride) and not staging_bytes(layer.record, needs.widen_records)
-        for layer in needs.facts.layers
+        reads_apart(unit.record.stride) and not staging_bytes(unit.record, needs.widen_records)
+        for unit in needs.facts.units
     )
 
 
@@ -119,8 +119,8 @@ def _share_memory(
     if total_bytes is None and bank_bytes is None:
         free_bytes = int(machine.usable_bytes * DEFAULT_MEMORY_SHARE)
         total_bytes = machine.process_bytes + free_bytes
-    layers = needs.facts.layers
-    rows_bytes = budget.all_staging_bytes(layers, needs.widen_records)
+    units = needs.facts.units
+    rows_bytes = budget.all_staging_bytes(units, needs.widen_records)
 
     def scratch(chunk: int, staged: bool) -> int:
         return rows_bytes + needs.scratch_bytes(chunk, context, staged=staged)
@@ -135,8 +135,8 @@ def _share_memory(
         prompts=budget.prompt_plans(
             scratch,
             context=context,
-            group_bytes=budget.group_bytes(layers, needs.widen_records),
-            most_records=max(layer.n_experts for layer in layers),
+            group_bytes=budget.group_bytes(units, needs.widen_records),
+            most_records=max(unit.n_records for unit in units),
             chunk=options.prefill_chunk,
         ),
         demands=needs.demands,

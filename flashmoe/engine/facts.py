@@ -22,7 +22,7 @@ from flashmoe.io.select import reader_statuses
 from flashmoe.kernels.select import missing_kernels
 from flashmoe.model.attention_probe import ScoresProbe
 from flashmoe.repacking.plan import RepackPlan
-from flashmoe.store.layout import LayerLayout, TensorSpec
+from flashmoe.store.layout import LayerLayout, TensorSpec, Unit
 from flashmoe.store.reader import Store
 
 
@@ -88,9 +88,14 @@ class ModelFacts:
         )
 
     @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """What each layer streams."""
+        return tuple(layer.unit for layer in self.layers)
+
+    @cached_property
     def streamed_bytes(self) -> int:
         """Bytes of all records."""
-        return sum(layer.n_experts * layer.record.stride for layer in self.layers)
+        return sum(unit.nbytes for unit in self.units)
 
     @cached_property
     def heads(self) -> int:

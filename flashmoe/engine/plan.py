@@ -32,7 +32,7 @@ class Needs:
     @cached_property
     def demands(self) -> list[budget.LayerDemand]:
         """What the layers' banks may be made of."""
-        return budget.layer_demands(self.facts.layers, self.widen_records)
+        return budget.layer_demands(self.facts.units, self.widen_records)
 
     def kv_bytes(self, tokens: int, *, filled: bool = False) -> int:
         """The caches of all layers; see `CacheArray.bytes_at`."""
@@ -51,7 +51,7 @@ class Needs:
             width=self.facts.width,
             heads=self.facts.heads,
             vocabulary=self.facts.vocabulary,
-            top_k=max(layer.top_k for layer in self.facts.layers),
+            top_k=max(unit.step_records for unit in self.facts.units),
             held_scores=self.holds_scores,
             staged=staged,
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from flashmoe.bank.slot_memory import slot_bytes, staging_bytes
 from flashmoe.base.errors import MemoryBudgetError
 from flashmoe.base.units import format_size
-from flashmoe.store.layout import LayerLayout, TensorSpec
+from flashmoe.store.layout import TensorSpec, Unit
 
 # Tokens of a prompt that are fed at once.
 LEAST_CHUNK_TOKENS = 256
@@ -111,11 +111,11 @@ class MemoryPlan:
         )
 
 
-def layer_demands(layers: Sequence[LayerLayout], widen: bool) -> list[LayerDemand]:
+def layer_demands(units: Sequence[Unit], widen: bool) -> list[LayerDemand]:
     """The slots each layer needs for one token and can use at most."""
     return [
-        LayerDemand(slot_bytes(layer.record, widen), layer.top_k, layer.n_experts)
-        for layer in layers
+        LayerDemand(slot_bytes(unit.record, widen), unit.step_records, unit.n_records)
+        for unit in units
     ]
 
 
@@ -127,14 +127,14 @@ def resident_bytes(tensors: Iterable[TensorSpec], widen: bool) -> int:
     )
 
 
-def all_staging_bytes(layers: Sequence[LayerLayout], widen: bool) -> int:
+def all_staging_bytes(units: Sequence[Unit], widen: bool) -> int:
     """Memory of the banks' staging rows, in which 16-bit floats wait for being widened."""
-    return sum(layer.top_k * staging_bytes(layer.record, widen) for layer in layers)
+    return sum(unit.step_records * staging_bytes(unit.record, widen) for unit in units)
 
 
-def group_bytes(layers: Sequence[LayerLayout], widen: bool) -> int:
+def group_bytes(units: Sequence[Unit], widen: bool) -> int:
     """Memory of one record in each of both staging groups; layers of one layout share theirs."""
-    records = {layer.record for layer in layers}
+    records = {unit.record for unit in units}
     return 2 * sum(slot_bytes(record, widen) + staging_bytes(record, widen) for record in records)
 
 

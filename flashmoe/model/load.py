@@ -191,7 +191,7 @@ def stream_experts(
     banks = tuple(
         LayerBank(
             store,
-            layer,
+            layer.unit,
             reading.decode,
             meter,
             n_slots=n_slots,
@@ -215,7 +215,9 @@ def stream_experts(
             staging = stagings[layer.record]
             forwards = [kernels.prefill(group.weights, spec) for group in staging.groups]
             path = store.file(layer.file)
-            prefill = ExpertPrefill(path, layer, reading.prefill, meter, bank, staging, forwards)
+            prefill = ExpertPrefill(
+                path, layer.unit, reading.prefill, meter, bank, staging, forwards
+            )
         streamed[layer.path] = StreamedExperts(
             bank,
             partial(kernels.bind, spec),

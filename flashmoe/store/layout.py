@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 PAGE_BYTES = 16384
 COMPONENT_ALIGN_BYTES = 4096
@@ -101,6 +102,34 @@ def lay_out_record(tensors: Sequence[TensorSpec]) -> RecordLayout:
     return RecordLayout(tuple(components), align(offset, PAGE_BYTES))
 
 
+# Who says which records a step needs: a router while the layer runs, or the order of the layers.
+AskedBy = Literal["router", "order"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one layer streams: `n_records` records of one layout, one behind the other in `file`
+    from `data_start` on. A step of one token needs `step_records` of them, which are `asked_by`
+    somebody."""
+
+    name: str
+    file: str
+    record: RecordLayout
+    n_records: int
+    step_records: int
+    data_start: int
+    asked_by: AskedBy = "router"
+
+    def record_offset(self, number: int) -> int:
+        """Offset of a record from the start of the file."""
+        return self.data_start + number * self.record.stride
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all records."""
+        return self.n_records * self.record.stride
+
+
 @dataclass(frozen=True)
 class LayerLayout:
     """One MoE layer's file: `n_experts` records, one per expert, in expert order.
@@ -131,9 +160,14 @@ class LayerLayout:
     def file_bytes(self) -> int:
         return self.data_start + self.n_experts * self.record.stride
 
+    @cached_property
+    def unit(self) -> Unit:
+        """This layer as the online side sees it: an expert is a record."""
+        return Unit(self.path, self.file, self.record, self.n_experts, self.top_k, self.data_start)
+
     def record_offset(self, expert: int) -> int:
         """Offset of an expert's record from the start of the file."""
-        return self.data_start + expert * self.record.stride
+        return self.unit.record_offset(expert)
 
 
 def safetensors_header(tensors: Sequence[TensorSpec]) -> bytes:

@@ -53,7 +53,7 @@ class StreamedExperts(nn.Module):
         self._clock = meter.clock
         self._prefill = prefill
         # How often single tokens used each expert.
-        self._uses = np.zeros(bank.n_experts, np.int64)
+        self._uses = np.zeros(bank.n_records, np.int64)
         self._prefetcher = prefetcher
         self.watch = watch or LayerWatch()
         self._number = number
@@ -76,7 +76,7 @@ class StreamedExperts(nn.Module):
         if self.watch.routed is not None:
             self.watch.routed(self._number, experts)
         distinct = np.unique(experts)
-        if len(distinct) > self._bank.group:
+        if len(distinct) > self._bank.step_records:
             if self._prefill is not None:
                 return self._prefill(x, experts, self._forward(prompt=True))
             return self._run_grouped(x, experts, distinct)
@@ -171,8 +171,8 @@ class StreamedExperts(nn.Module):
         order = np.argsort(flat, kind="stable")
         token_of = order // experts.shape[-1]
         parts = []
-        for first in range(0, len(distinct), self._bank.group):
-            group = distinct[first : first + self._bank.group]
+        for first in range(0, len(distinct), self._bank.step_records):
+            group = distinct[first : first + self._bank.step_records]
             begin, end = np.searchsorted(flat[order], [group[0], group[-1] + 1])
             table = self._bank.acquire(group.tolist())
             slots = table[flat[order[begin:end], None]]

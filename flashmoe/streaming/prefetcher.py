@@ -124,7 +124,7 @@ class Prefetcher:
         self._trial = trial
         # The first of a model's layers that predicts sees every token begin.
         self._leads = trial.claim()
-        self._width = Width(bank.group)
+        self._width = Width(bank.step_records)
 
     def predict(self, x: mx.array) -> mx.array | None:
         """Ids for one token, unevaluated; None when prefetch is off, or nothing is left to read."""

@@ -24,7 +24,7 @@ from flashmoe.bank.slot_table import ABSENT
 from flashmoe.base.dtypes import array_bytes, shared_bytes
 from flashmoe.io.reader import Reader, ReadRequest, Ticket
 from flashmoe.kernels.contract import ExpertForward
-from flashmoe.store.layout import LayerLayout, RecordLayout
+from flashmoe.store.layout import RecordLayout, Unit
 
 Ints = npt.NDArray[np.int64]
 # One group is read while the other computes.
@@ -118,7 +118,7 @@ class ExpertPrefill:
     def __init__(
         self,
         path: Path,
-        layer: LayerLayout,
+        unit: Unit,
         reader: Reader,
         meter: Meter,
         bank: LayerBank,
@@ -126,7 +126,7 @@ class ExpertPrefill:
         forwards: Sequence[ExpertForward],
     ) -> None:
         self._path = path
-        self._layer = layer
+        self._unit = unit
         self._reader = reader
         self._counters, self._clock = meter.counters, meter.clock
         self._bank = bank
@@ -179,8 +179,8 @@ class ExpertPrefill:
     def _count(self, n_experts: int, n_missing: int) -> None:
         self._counters.hits += n_experts - n_missing
         self._counters.misses += n_missing
-        self._counters.bytes_demanded += n_experts * self._layer.record.stride
-        self._counters.bytes_absent += n_missing * self._layer.record.stride
+        self._counters.bytes_demanded += n_experts * self._unit.record.stride
+        self._counters.bytes_absent += n_missing * self._unit.record.stride
 
     def _submit(self, experts: Ints, number: int) -> Ticket:
         """Begin to read a run of records, one after the other on disk, into a staging group."""
@@ -188,7 +188,7 @@ class ExpertPrefill:
         return self._reader.submit(
             [
                 ReadRequest(
-                    self._path, self._layer.record_offset(expert), group.destination(slot, slot)
+                    self._path, self._unit.record_offset(expert), group.destination(slot, slot)
                 )
                 for slot, expert in enumerate(experts.tolist())
             ]
@@ -199,7 +199,7 @@ class ExpertPrefill:
             ticket.wait()
             for slot in range(n_records):
                 self._staging.groups[number % N_GROUPS].settle(slot, slot)
-        self._counters.bytes_read += n_records * self._layer.record.stride
+        self._counters.bytes_read += n_records * self._unit.record.stride
 
     def _compute(
         self,

@@ -19,7 +19,7 @@ def test_an_interrupt_before_the_wait(tmp_path, monkeypatch, pool):
     write_store(tmp_path / "store", [(layout, contents)], resident_contents())
     reader = POOLS[pool](1, delayed_preadv(1))
     bank = LayerBank(
-        open_store(tmp_path / "store"), layout, reader, Meter(), n_slots=3, widen=False
+        open_store(tmp_path / "store"), layout.unit, reader, Meter(), n_slots=3, widen=False
     )
     tickets = []
     submit = reader.submit

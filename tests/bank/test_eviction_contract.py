@@ -99,7 +99,7 @@ def test_sizes_that_are_refused(kind: type[Policy]) -> None:
     policy = kind(4)
     for expert in (0, 1, 2):
         policy.use(expert)
-    with pytest.raises(ValueError, match="3 experts are resident, more than 2 slots"):
+    with pytest.raises(ValueError, match="3 records are resident, more than 2 slots"):
         policy.resize(2)
     assert policy.capacity == 4
     policy.resize(3)

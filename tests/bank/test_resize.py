@@ -70,7 +70,14 @@ def make_bank(
 ) -> LayerBank:
     most = N_EXPERTS if way == "in place" else None
     bank = LayerBank(
-        store, LAYOUT, reader, Meter(), n_slots=n_slots, widen=widen, policy=policy, most_slots=most
+        store,
+        LAYOUT.unit,
+        reader,
+        Meter(),
+        n_slots=n_slots,
+        widen=widen,
+        policy=policy,
+        most_slots=most,
     )
     assert bank.memory.resizes_in_place(N_EXPERTS) == (way == "in place")
     return bank
@@ -312,7 +319,7 @@ def test_results_never_change(
         with FlashMoEModel(open_store(checkpoints(family)), cache="1GB", kernel=kernel) as model:
             streaming = model._running.streaming
             cache = make_prompt_cache(model.model)
-            least = [bank.group for bank in streaming.banks]
+            least = [bank.step_records for bank in streaming.banks]
             most = list(model.memory_plan.slots)
             sizes = [most, least, most, [n + 1 for n in least], least, most]
             for tokens, size in zip(calls, sizes, strict=True):

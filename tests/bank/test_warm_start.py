@@ -260,10 +260,10 @@ def test_no_warm_start_changes_a_result(
     monkeypatch.setattr(
         build, "open_reader", lambda name, page_cache: FaultyReader(ThreadReader(4), seed=3)
     )
-    layouts = [layer.layout for layer in store.manifest.layers]
+    units = [layer.layout.unit for layer in store.manifest.layers]
     draw = random.Random(2)
-    wanted = [draw.sample(range(layout.n_experts), layout.n_experts) for layout in layouts]
-    demands = layer_demands(layouts, widen=False)
+    wanted = [draw.sample(range(unit.n_records), unit.n_records) for unit in units]
+    demands = layer_demands(units, widen=False)
     slots = sum(demand.slot_bytes * (demand.least + 2) for demand in demands)
     warm_started = 0
     for cache in ("min", f"{slots}B", "1GB"):

@@ -28,7 +28,7 @@ def banks(tmp_path: Path, good_store: Store) -> WarmStartFile:
 
 
 def some(banks: WarmStartFile, start: int = 0) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(range(start, n)) for n in banks._n_experts)
+    return tuple(tuple(range(start, n)) for n in banks._n_records)
 
 
 class TestFile:

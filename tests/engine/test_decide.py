@@ -207,9 +207,9 @@ def test_a_chunk_that_was_asked_for_is_named_when_it_does_not_fit(facts: ModelFa
 
 
 def test_a_model_runs_as_planned(demo_store: Path) -> None:
-    with FlashMoEModel.from_pretrained(demo_store, memory="400MB") as model:
+    with FlashMoEModel.from_pretrained(demo_store, memory="4GB") as model:
         assert model.plan == replace(
-            plan_run(demo_store, memory="400MB"),
+            plan_run(demo_store, memory="4GB"),
             memory=model.plan.memory,
             found_bytes=model.plan.found_bytes,
         )

@@ -49,7 +49,7 @@ def logits(model: nn.Module) -> list[mx.array]:
 
 def bank_bytes(store: Store, share: float) -> int:
     """A bank that holds `share` of the experts, at least one token's."""
-    demands = layer_demands([layer.layout for layer in store.manifest.layers], widen=True)
+    demands = layer_demands([layer.layout.unit for layer in store.manifest.layers], widen=True)
     return sum(d.slot_bytes * max(d.least, round(d.most * share)) for d in demands)
 
 

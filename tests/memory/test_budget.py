@@ -245,7 +245,8 @@ def test_reuse_grows_with_the_total_between_bounds():
 
 
 def test_layer_demands():
-    layers = [layer_layout(0, n_experts=4, top_k=2), layer_layout(1, n_experts=9, top_k=3)]
+    layouts = [layer_layout(0, n_experts=4, top_k=2), layer_layout(1, n_experts=9, top_k=3)]
+    layers = [layout.unit for layout in layouts]
     # 4096 + 192 + 140 bytes; the last two are 16-bit floats.
     assert layer_demands(layers, False) == [LayerDemand(4428, 2, 4), LayerDemand(4428, 3, 9)]
     assert layer_demands(layers, True) == [LayerDemand(4760, 2, 4), LayerDemand(4760, 3, 9)]

@@ -124,9 +124,9 @@ def test_prompts_never_raise_the_least_that_fits(total, group_bytes, bank):
 
 
 def test_layers_of_one_layout_share_their_groups():
-    layers = [layer_layout(0), layer_layout(1), layer_layout(2, n_experts=9)]
+    layers = [x.unit for x in (layer_layout(0), layer_layout(1), layer_layout(2, n_experts=9))]
     # 4096 + 192 + 140 bytes; the last two are 16-bit floats, read into a block each.
     assert group_bytes(layers, False) == 2 * 4428
     assert group_bytes(layers, True) == 2 * (4760 + 2 * 4096)
-    other = layer_layout(3, tensors=[TensorSpec("gate_proj.weight", "U32", (32, 32))])
+    other = layer_layout(3, tensors=[TensorSpec("gate_proj.weight", "U32", (32, 32))]).unit
     assert group_bytes([*layers, other], False) == 2 * (4428 + 4096)

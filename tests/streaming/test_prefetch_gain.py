@@ -123,8 +123,8 @@ class Runs:
             return prefetcher._trial, stats
 
     def _model(self, *, prefetch: bool) -> FlashMoEModel:
-        layouts = [layer.layout for layer in self._store.manifest.layers]
-        slot_bytes = sum(demand.slot_bytes for demand in layer_demands(layouts, widen=False))
+        units = [layer.layout.unit for layer in self._store.manifest.layers]
+        slot_bytes = sum(demand.slot_bytes for demand in layer_demands(units, widen=False))
         return FlashMoEModel(self._store, cache=self._slots * slot_bytes, prefetch=prefetch)
 
     def _decode(self, model: FlashMoEModel) -> Report:

@@ -287,9 +287,9 @@ def test_no_prediction_changes_a_result(
 
     def at_random(x: mx.array, bank: Any) -> mx.array:
         assert x.size == x.shape[-1]
-        return mx.array(draw.sample(range(bank._layer.n_experts), bank.group))
+        return mx.array(draw.sample(range(bank.n_records), bank.step_records))
 
-    demands = layer_demands([layer.layout for layer in store.manifest.layers], widen=False)
+    demands = layer_demands([layer.layout.unit for layer in store.manifest.layers], widen=False)
     slots = sum(demand.slot_bytes * (demand.least + 2) for demand in demands)
     prefetched = 0
     for cache in ("min", f"{slots}B", "1GB"):

@@ -72,7 +72,9 @@ def long_prompt(seed: int) -> mx.array:
 
 def least_and(store: Store, more_slots: int) -> int:
     """A bank of one token's needs and so many slots more in each layer."""
-    demands = budget.layer_demands([layer.layout for layer in store.manifest.layers], widen=True)
+    demands = budget.layer_demands(
+        [layer.layout.unit for layer in store.manifest.layers], widen=True
+    )
     return sum(d.slot_bytes * min(d.most, d.least + more_slots) for d in demands)
 
 
@@ -293,7 +295,7 @@ def test_room_is_made_by_the_least_used_and_then_the_policy(tmp_path: Path) -> N
     write_store(tmp_path / "store", [(layout, layer_contents(layout))], resident_contents())
     reader = ThreadReader(2)
     bank = LayerBank(
-        open_store(tmp_path / "store"), layout, reader, Meter(), n_slots=4, widen=False
+        open_store(tmp_path / "store"), layout.unit, reader, Meter(), n_slots=4, widen=False
     )
     other = SlotMemory(layout.record, 1, 1, widen=False)
     for expert in (2, 0, 1, 3):

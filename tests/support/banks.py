@@ -54,7 +54,7 @@ def memory_reader(store):
 
 def make_bank(store, reader, n_slots=4, *, layout=LAYOUT, widen=False, **options):
     meter = Meter()
-    bank = LayerBank(store, layout, reader, meter, n_slots=n_slots, widen=widen, **options)
+    bank = LayerBank(store, layout.unit, reader, meter, n_slots=n_slots, widen=widen, **options)
     return bank, meter.counters
 
 

@@ -175,8 +175,8 @@ class Trials:
     def model(self, setting: Setting, **faults: float) -> Iterator[FlashMoEModel]:
         """A model under the setting, its reader failing as `faults` say to `DelayingReader`."""
         store = self.store(setting.family)
-        layouts = [layer.layout for layer in store.manifest.layers]
-        slot_bytes = sum(demand.slot_bytes for demand in layer_demands(layouts, widen=False))
+        units = [layer.layout.unit for layer in store.manifest.layers]
+        slot_bytes = sum(demand.slot_bytes for demand in layer_demands(units, widen=False))
         self._asked.setting, self._asked.faults = setting, faults
         with self.building:
             made = FlashMoEModel(
