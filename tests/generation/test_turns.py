@@ -129,19 +129,16 @@ def test_a_dropped_generator_frees_its_turn() -> None:
 
 class TestClosing:
     def test_waits_for_those_that_run_and_wait(self) -> None:
-        turns, done, begun = Turns(), [], threading.Event()
+        turns, done, go = Turns(), [], threading.Event()
 
         def work(number: int) -> None:
-            with turns.take() as turn:
-                begun.set()
-                for _ in range(3):
-                    with turn.step():
-                        time.sleep(0.01)
+            with turns.take() as turn, turn.step():
+                go.wait(PATIENCE)
                 done.append(number)
 
         threads = [begin(lambda n=n: work(n)) for n in range(3)]  # type: ignore[misc]
-        begun.wait(PATIENCE)
         until(lambda: len(turns._waiting) == 2)
+        threading.Timer(0.05, go.set).start()
         turns.close()
         assert sorted(done) == [0, 1, 2]
         ended(*threads)
