@@ -21,8 +21,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from make_synthetic import find_config, plan_checkpoint, write_checkpoint
-
 import flashmoe
 from flashmoe import FlashMoEError, FlashMoEModel, Sampling
 from flashmoe.base import machine
@@ -33,9 +31,12 @@ from flashmoe.io.plain import plain_rate
 from flashmoe.kernels.select import resolve_kernel
 from flashmoe.store.reader import Store, is_store, open_store
 
-# Of a file that is read from front to back, and for how long each number of threads does that.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from tests.support.synthetic.checkpoint import find_config, plan_checkpoint, write_checkpoint
+
+# Of a file that is read from front to back.
 PIECE_BYTES = 2**20
-SEQUENTIAL_SECONDS = 2.0
 
 Report = dict[str, Any]
 
@@ -52,7 +53,7 @@ def decode(store: str, args: argparse.Namespace) -> Report:
     opened = open_store(store)
     sequential = {}
     if args.sequential:
-        sequential["sequential_bytes_per_second"] = sequential_rate(opened)
+        sequential["sequential_bytes_per_second"] = sequential_rate(opened, args.sequential_seconds)
     with FlashMoEModel(opened, memory=memory, context=context, kernel=kernel) as model:
         vocabulary = len(model.tokenizer)
         stream = model.session().stream(
@@ -90,15 +91,15 @@ def decode(store: str, args: argparse.Namespace) -> Report:
     }
 
 
-def sequential_rate(store: Store) -> float:
+def sequential_rate(store: Store, seconds: float) -> float:
     """Bytes per second that the records' files give from front to back, past the page cache, to
-    the number of plain threads that pays most."""
+    the number of plain threads that pays most; each number has `seconds`."""
     paths = [store.file(layer.layout.file) for layer in store.manifest.layers]
     places = [
         (path, offset) for path in paths for offset in range(0, path.stat().st_size, PIECE_BYTES)
     ]
     return max(
-        plain_rate(places, PIECE_BYTES, threads, SEQUENTIAL_SECONDS, page_cache=False)
+        plain_rate(places, PIECE_BYTES, threads, seconds, page_cache=False)
         for threads in (1, 2, 4, 8)
     )
 
@@ -117,9 +118,10 @@ def run_decode(store: Path, args: argparse.Namespace) -> Report:
     """One cold run in a process of its own."""
     command = [sys.executable, __file__, "--decode", str(store), "--memory", args.memory]
     command += ["--prompt-tokens", str(args.prompt_tokens), "--tokens", str(args.tokens)]
-    command += ["--kernel", args.kernel, *(["--sequential"] if args.sequential else [])]
+    command += ["--kernel", args.kernel, "--sequential-seconds", str(args.sequential_seconds)]
+    command += ["--sequential"] if args.sequential else []
     with contextlib.ExitStack() as stack:
-        cold = drop_page_cache()
+        cold = not args.keep_page_cache and drop_page_cache()
         entrance = None
         if args.cgroup:
             entrance = stack.enter_context(memory_cgroup(parse_size(args.cgroup)))
@@ -223,6 +225,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="keep a store made here, and reuse it")
     parser.add_argument("--rounds", type=int, default=1, help="runs; default: 1")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
+    parser.add_argument("--keep-page-cache", action="store_true", help="do not empty it first")
+    parser.add_argument(
+        "--sequential-seconds",
+        type=float,
+        default=2.0,
+        help="for each number of plain threads; default: 2",
+    )
     parser.add_argument("--decode", metavar="STORE", help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -31,10 +31,8 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from make_synthetic import find_config, write_checkpoint
 from mlx_lm.models.cache import make_prompt_cache
 from source_experts import ExpertSource, NoExperts, SourceExperts, put_in_place
-from sparse_source import LARGE_SHARES, as_published, plan_sparse
 
 import flashmoe
 from flashmoe import FlashMoEError, FlashMoEModel
@@ -45,6 +43,16 @@ from flashmoe.bench.cgroup import memory_cgroup
 from flashmoe.cli.console import byte_progress
 from flashmoe.repacking.repack import dry_run
 from flashmoe.store.reader import open_store
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from tests.support.synthetic.checkpoint import find_config, write_checkpoint
+from tests.support.synthetic.sparse import (
+    LARGE_BYTES,
+    LARGE_SHARES,
+    as_published,
+    plan_sparse,
+)
 
 # Quantizing is slow, but for zeros: so many experts have one that is not zeros altogether.
 PUBLISHED_STEP = 8
@@ -58,7 +66,8 @@ def make_source(args: argparse.Namespace) -> Report:
     config = find_config(args.model)
     if args.published:
         plan = as_published(
-            plan_sparse(config, layers=args.layers, bits=16, expert_step=PUBLISHED_STEP)
+            plan_sparse(config, layers=args.layers, bits=16, expert_step=PUBLISHED_STEP),
+            args.large_bytes,
         )
     else:
         plan = plan_sparse(config, layers=args.layers)
@@ -274,6 +283,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=4, help="default: 4")
     parser.add_argument("--tokens", type=int, default=4, help="decode steps; default: 4")
     parser.add_argument("--cgroup", metavar="SIZE", help="limit memory and page cache together")
+    parser.add_argument(
+        "--large-bytes", type=int, default=LARGE_BYTES, help="above it, a tensor is made in part"
+    )
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     return parser.parse_args()

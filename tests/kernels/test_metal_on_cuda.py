@@ -8,16 +8,20 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import check_metal_on_cuda as script
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal_on_cuda import build, measure
-from metal_on_cuda.device import CudaDevice, DeviceError
-from metal_on_cuda.exact import row_error, wide
-from metal_on_cuda.requests import Request
-from metal_on_cuda.source import Variant, sources
-from metal_on_cuda.trials import (
+
+from flashmoe.kernels.check_cases import make_case
+from flashmoe.native.build import find_compiler
+from tests.support.metal_on_cpu import compiled, metal_kernel
+from tests.support.metal_on_cuda import build, measure
+from tests.support.metal_on_cuda import check as script
+from tests.support.metal_on_cuda.device import CudaDevice, DeviceError
+from tests.support.metal_on_cuda.exact import row_error, wide
+from tests.support.metal_on_cuda.requests import Request
+from tests.support.metal_on_cuda.source import Variant, sources
+from tests.support.metal_on_cuda.trials import (
     FOUR,
     GPT_OSS,
     MXFP4,
@@ -28,15 +32,11 @@ from metal_on_cuda.trials import (
     small_trials,
     spread_slots,
 )
-
-from flashmoe.kernels.check_cases import make_case
-from flashmoe.native.build import find_compiler
-from tests.support.metal_on_cpu import compiled, metal_kernel
 from tests.support.skips import needs, require
 
 NVCC = build.find_tool("nvcc")
 STANDINS = Path(__file__).parents[1] / "support" / "cuda_on_cpu"
-SCRIPTS = Path(script.__file__).parent / "metal_on_cuda"
+SCRIPTS = Path(script.__file__).parent
 
 TINY = [
     Trial("4 bits", make_case(mx.bfloat16, FOUR, d_in=64, hidden=192), 2, 2),

@@ -8,11 +8,11 @@ import sys
 from typing import Any
 
 import pytest
-from make_synthetic import plan_checkpoint, write_checkpoint
 
 import flashmoe
 from flashmoe.store.reader import Store
 from tests.support.families import FAMILIES
+from tests.support.synthetic.checkpoint import plan_checkpoint, write_checkpoint
 
 # 113 MB of experts a layer, beside 3 MB of everything else.
 CONFIG = FAMILIES["qwen3_moe"] | {

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-import scale_proof
-import sparse_source
-from make_synthetic import find_config, write_checkpoint
 
 from flashmoe.repacking.part_sizes import PlannedSizes
 from flashmoe.repacking.repack import dry_run
 from tests.support.families import FAMILIES
+from tests.support.synthetic import sparse
+from tests.support.synthetic.checkpoint import find_config, write_checkpoint
 
+SCRIPT = Path(__file__).parents[2] / "scripts" / "scale_proof.py"
 RECORD_BYTES = 7_077_888
 N_RECORDS = 60 * 512
 # 4-bit codes, a bfloat16 scale and bias per 64.
@@ -36,12 +37,12 @@ PARTS = {
 def planned(folder: Path, *, published: bool) -> PlannedSizes:
     """The plan of Qwen3.5-397B-A17B from weight files that are headers and holes."""
     config = find_config("qwen3.5-397b-a17b")
-    plan = sparse_source.plan_sparse(config, bits=16 if published else None)
+    plan = sparse.plan_sparse(config, bits=16 if published else None)
     if published:
-        plan = sparse_source.as_published(plan)
+        plan = sparse.as_published(plan)
         # The published files have 806.7 GB, 0.9 of them for seeing.
         assert plan.nbytes == 805_883_842_688
-    holes = tuple(sparse_source.Hole(tensor.spec) for tensor in plan.tensors)
+    holes = tuple(sparse.Hole(tensor.spec) for tensor in plan.tensors)
     write_checkpoint(replace(plan, tensors=holes), folder)
     return dry_run(folder)
 
@@ -62,28 +63,24 @@ def test_the_plan_of_the_real_model(published: bool, tmp_path: Path) -> None:
 def test_the_proof_in_small(
     published: bool,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
 ) -> None:
     config = FAMILIES["qwen3_5_moe"]
     sizes = {"moe_intermediate_size": 128, "hidden_size": 128, "num_experts": 64}
     text = {**config["text_config"], **sizes}
     (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": text}))
     folder = tmp_path / "proof"
-    options = ["--model", str(tmp_path / "config.json"), "--memory", "3GB", "--json"]
-    options += ["--published"] if published else []
-    monkeypatch.setattr(sys, "argv", ["scale_proof.py", str(folder), *options])
-    monkeypatch.setattr(sparse_source, "LARGE_BYTES", 8192)
-    in_a_process = scale_proof.run_stage
+    command = [sys.executable, SCRIPT, folder, "--model", tmp_path / "config.json", "--json"]
+    command += ["--memory", "1GB", "--large-bytes", "8192"]
+    command += ["--published"] if published else []
 
-    def run_stage(name: str, args: argparse.Namespace) -> scale_proof.Report:
-        # Starting Python takes longer than the stage.
-        return (in_a_process if name == "inspect" else scale_proof.measured)(name, args)
+    def prove() -> dict[str, Any]:
+        line = [*map(str, command)]
+        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
 
-    monkeypatch.setattr(scale_proof, "run_stage", run_stage)
-    scale_proof.main()
-    reports = json.loads(capfd.readouterr().out)
-    assert list(reports) == list(scale_proof.STAGES)
+    reports = prove()
+    assert list(reports) == ["source", "plan", "repack", "inspect", "decode", "records", "verify"]
     assert reports["inspect"]["records"] == 3 * 64
     assert reports["plan"]["streamed_bytes"] == reports["inspect"]["streamed_bytes"]
     assert reports["repack"]["disk_bytes"] < 0.9 * reports["repack"]["apparent_bytes"]
@@ -95,7 +92,4 @@ def test_the_proof_in_small(
     assert decoded["same_greedy_tokens"] == decoded["compared_steps"] == 5
     assert decoded["difference"] < 1e-5 < 0.01 < decoded["difference_without_experts"]
     # Nothing is done again.
-    stages = json.loads((folder / "stages.json").read_text())
-    monkeypatch.setattr(scale_proof, "run_stage", pytest.fail)
-    scale_proof.main()
-    assert json.loads(capfd.readouterr().out) == stages
+    assert prove() == json.loads((folder / "stages.json").read_text()) == reports

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from make_synthetic import write_checkpoint
-from sparse_source import as_published, plan_sparse
 
 from flashmoe import StoreError, repack
 from tests.support.checkpoints import checkpoint_tensors, store_tensors
 from tests.support.families import FAMILIES
 from tests.support.skips import require
 from tests.support.stores import folder_content
+from tests.support.synthetic.checkpoint import write_checkpoint
+from tests.support.synthetic.sparse import as_published, plan_sparse
 
 
 def disk_bytes(folder: Path) -> int:

@@ -8,13 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import check_cross
-import macho
 import pytest
-from check_cross import CheckFailed, MissingTool
 
 from flashmoe import native
 from flashmoe.native import build, loader
+from tests.support import cross, macho
+from tests.support.cross import CheckFailed, MissingTool
 
 # A compiler that notes its words and writes a file.
 COMPILER = """
@@ -164,7 +163,7 @@ LIBCXX = [
 
 
 def interface() -> list[str]:
-    return [f"_{name}" for name in check_cross.declared()]
+    return [f"_{name}" for name in cross.declared()]
 
 
 def library(exports: Sequence[str], imports: Sequence[str]) -> macho.Library:
@@ -172,22 +171,22 @@ def library(exports: Sequence[str], imports: Sequence[str]) -> macho.Library:
 
 
 def test_the_interface_is_what_the_library_has() -> None:
-    assert {"fm_matmul", "fm_isa", "fm_use_isa", "fm_version"} <= check_cross.declared()
+    assert {"fm_matmul", "fm_isa", "fm_use_isa", "fm_version"} <= cross.declared()
     if native.available() is None:
-        for name in check_cross.declared():
+        for name in cross.declared():
             assert getattr(loader.loaded(), name)
 
 
 def test_symbols() -> None:
     exports = [*interface(), "___dso_handle"]
-    check_cross.check_symbols(library(exports, [*SYSTEM, *LIBCXX]), SYSTEM)
+    cross.check_symbols(library(exports, [*SYSTEM, *LIBCXX]), SYSTEM)
     with pytest.raises(CheckFailed, match=r"does not export _fm_matmul$"):
-        check_cross.check_symbols(library(set(exports) - {"_fm_matmul"}, []), SYSTEM)
+        cross.check_symbols(library(set(exports) - {"_fm_matmul"}, []), SYSTEM)
     with pytest.raises(CheckFailed, match=r"no header declares: __Znwm$"):
-        check_cross.check_symbols(library([*exports, "__Znwm"], []), SYSTEM)
+        cross.check_symbols(library([*exports, "__Znwm"], []), SYSTEM)
     for name in ("_io_uring_setup", "__ZN8flashmoe7kernelsEv", "___cpu_model"):
         with pytest.raises(CheckFailed, match=f"neither libSystem nor libc\\+\\+: {name}$"):
-            check_cross.check_symbols(library(exports, ["_memcpy", name]), SYSTEM)
+            cross.check_symbols(library(exports, ["_memcpy", name]), SYSTEM)
 
 
 def missing() -> Path:
@@ -195,21 +194,21 @@ def missing() -> Path:
 
 
 def test_missing_tools(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(check_cross, "find_zig", missing)
-    assert check_cross.main([]) == 1
-    assert check_cross.main(["--where-possible"]) == 0
-    said = [f"{target}: not run, zig is not installed" for target in check_cross.CHECKS]
+    monkeypatch.setattr(cross, "find_zig", missing)
+    assert cross.main([]) == 1
+    assert cross.main(["--where-possible"]) == 0
+    said = [f"{target}: not run, zig is not installed" for target in cross.CHECKS]
     assert capsys.readouterr().out.splitlines() == 2 * said
 
 
 def test_no_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_cross.shutil, "which", lambda name: None)
-    monkeypatch.setattr(check_cross.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(cross.shutil, "which", lambda name: None)
+    monkeypatch.setattr(cross.platform, "machine", lambda: "x86_64")
     with pytest.raises(MissingTool, match="qemu-aarch64 is not installed"):
-        check_cross.find_emulator()
-    monkeypatch.setattr(check_cross.platform, "machine", lambda: "aarch64")
-    monkeypatch.setattr(check_cross.platform, "system", lambda: "Linux")
-    assert check_cross.find_emulator() == []
+        cross.find_emulator()
+    monkeypatch.setattr(cross.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(cross.platform, "system", lambda: "Linux")
+    assert cross.find_emulator() == []
 
 
 @pytest.mark.parametrize("flags", [[], ["--where-possible"]])
@@ -219,6 +218,6 @@ def test_what_fails_is_never_forgiven(
     def fails(target: str) -> str:
         raise build.CompilationError(f"c++ failed for {target}")
 
-    monkeypatch.setattr(check_cross, "CHECKS", {"here": fails, "there": str.upper})
-    assert check_cross.main(flags) == 1
+    monkeypatch.setattr(cross, "CHECKS", {"here": fails, "there": str.upper})
+    assert cross.main(flags) == 1
     assert capsys.readouterr().out == "here: failed, c++ failed for here\nthere: THERE\n"

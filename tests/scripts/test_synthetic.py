@@ -11,14 +11,6 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from make_synthetic import (
-    CheckpointPlan,
-    find_config,
-    plan_checkpoint,
-    with_layers,
-    write_checkpoint,
-)
-from synthetic_weights import BRANCH_GAIN
 
 import flashmoe
 from flashmoe import FlashMoEModel, OptionError, Sampling, SourceError, StoreError
@@ -26,6 +18,14 @@ from flashmoe.store.reader import open_store
 from tests.support.checkpoints import checkpoint_tensors, mlx_arrays, store_tensors
 from tests.support.families import FAMILIES
 from tests.support.stores import folder_content
+from tests.support.synthetic.checkpoint import (
+    CheckpointPlan,
+    find_config,
+    plan_checkpoint,
+    with_layers,
+    write_checkpoint,
+)
+from tests.support.synthetic.weights import BRANCH_GAIN
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -193,7 +193,7 @@ def test_presets_have_the_published_shapes() -> None:
 MEASURE = """
 import json, sys
 from pathlib import Path
-from make_synthetic import plan_checkpoint, write_checkpoint
+from tests.support.synthetic.checkpoint import plan_checkpoint, write_checkpoint
 from flashmoe.base.machine import peak_resident_set_bytes, resident_set_bytes
 before = resident_set_bytes()
 write_checkpoint(plan_checkpoint(json.loads(sys.argv[1])), Path(sys.argv[2]))
@@ -217,7 +217,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             check=True,
-            cwd=SCRIPTS,
+            cwd=SCRIPTS.parent,
         )
         (weights,) = (tmp_path / name).glob("model*.safetensors")
         assert weights.stat().st_size > 2 * allowance_bytes

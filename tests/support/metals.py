@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from metal_on_cuda.exact import dense_weights, experts_in_float64, row_error, wide
 
 from flashmoe.kernels import metal, metal_experts
 from flashmoe.kernels.metal_source import METAL_FOLDER, KernelSource
 from tests.support.metal_on_cpu import metal_kernel
+from tests.support.metal_on_cuda.exact import dense_weights, experts_in_float64, row_error, wide
 
 __all__ = ["dense_weights", "experts_in_float64", "harness", "row_error", "wide"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from flashmoe.kernels.metal_source import KernelSource
-from metal_on_cuda.requests import Request
+from tests.support.metal_on_cuda.requests import Request
 
 TYPES = {
     mx.float32: "float",

@@ -16,13 +16,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
-from make_synthetic import CheckpointPlan, plan_checkpoint
-from synthetic_weights import Constant, Fill, Kept, Normal, PlannedTensor, SyntheticTensor
 
 from flashmoe.base.dtypes import MLX_DTYPES, array_bytes
 from flashmoe.checkpoint.architecture import build_model, expert_modules, projections_of
 from flashmoe.checkpoint.config import Config
 from flashmoe.store.layout import TensorSpec
+from tests.support.synthetic.checkpoint import CheckpointPlan, plan_checkpoint
+from tests.support.synthetic.weights import (
+    Constant,
+    Fill,
+    Kept,
+    Normal,
+    PlannedTensor,
+    SyntheticTensor,
+)
 
 # Rows of the last projection, which every value inside an expert goes through.
 LAST_ROWS = 8
@@ -144,17 +151,18 @@ def _amplified(tensor: SyntheticTensor) -> Fill:
     return fill
 
 
-def as_published(plan: CheckpointPlan) -> CheckpointPlan:
+def as_published(plan: CheckpointPlan, large_bytes: int = LARGE_BYTES) -> CheckpointPlan:
     """A plan of 16 bits with the tensors that Qwen's own checkpoint has, less the vision tower.
 
-    Of large resident matrices, only a part is kept: of the embeddings, those of the first tokens.
+    Of resident matrices above `large_bytes`, only a part is kept: of the embeddings, those of the
+    first tokens.
     """
     tensors: list[PlannedTensor] = []
     for tensor in plan.tensors:
         name, shape = tensor.spec.name, tensor.spec.shape
         if name.endswith("up_proj.weight") and isinstance(tensor, StampedTensor):
             continue
-        if isinstance(tensor, SyntheticTensor) and tensor.spec.nbytes > LARGE_BYTES:
+        if isinstance(tensor, SyntheticTensor) and tensor.spec.nbytes > large_bytes:
             tensor = FirstRows(tensor.spec, tensor.fill, tensor.seed, LARGE_SHARES)
         if CENTRED.search(name):
             tensor = replace(tensor, fill=Kept(bytes(tensor.spec.nbytes)))

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from metal_on_cuda.requests import Request
+from tests.support.metal_on_cuda.requests import Request
 
 Slots = npt.NDArray[np.int32]
 

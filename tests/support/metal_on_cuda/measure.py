@@ -9,10 +9,10 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from metal_on_cuda.device import Slots, Timing
-from metal_on_cuda.exact import row_error, wide
-from metal_on_cuda.requests import Request
-from metal_on_cuda.trials import Question, Trial, spread_slots
+from tests.support.metal_on_cuda.device import Slots, Timing
+from tests.support.metal_on_cuda.exact import row_error, wide
+from tests.support.metal_on_cuda.requests import Request
+from tests.support.metal_on_cuda.trials import Question, Trial, spread_slots
 
 # Larger than any cache.
 BANK_BYTES = 2_000_000_000

@@ -16,8 +16,8 @@ from flashmoe.kernels.metal_experts import Experts, describe_experts
 from flashmoe.kernels.roofline import Traffic, down_traffic, gate_up_traffic
 from flashmoe.kernels.self_check import TOLERANCES, Case
 from flashmoe.native import Activation
-from metal_on_cuda.exact import Floats, down_in_float64, hidden_in_float64
-from metal_on_cuda.requests import Request, recorded
+from tests.support.metal_on_cuda.exact import Floats, down_in_float64, hidden_in_float64
+from tests.support.metal_on_cuda.requests import Request, recorded
 
 N_SLOTS = 3
 FOUR = ProjectionPacking(4, 64, "affine")

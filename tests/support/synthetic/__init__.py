@@ -1,0 +1,1 @@
+"""Checkpoints of any size with drawn or sparse weights, for tests and measurements."""
