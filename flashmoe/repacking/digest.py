@@ -1,24 +1,18 @@
-"""SHA-256 that can be put aside and taken up again by another process, and CRC-32.
+"""SHA-256 that another process can go on with, and CRC-32.
 
-Python's hashlib keeps its state to itself. The native library keeps it in memory of the caller's,
-and so do the functions below hashlib, OpenSSL's and on Macs CommonCrypto's.
+The native library keeps a hash's state in the caller's memory. Python's hashlib does not give its
+state away: without the library, a run that goes on reads again what it has to hash.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
-import sys
 import zlib
-from typing import Any, Protocol
+from typing import Protocol
 
 from flashmoe.native import checksum
 
-# The struct of either library below hashlib is 104 or 112 bytes.
-STATE_BYTES = 256
-# Both count in 32 bits at most on some machines.
-MAX_UPDATE_BYTES = 2**30
 # Less is not worth a call of ours.
 LEAST_CRC_BYTES = 4096
 
@@ -38,9 +32,7 @@ class Sha256(Protocol):
 
 def sha256() -> Sha256:
     """The hash of a stream from its beginning."""
-    if checksum.available():
-        return NativeSha256()
-    return LibrarySha256() if _functions() is not None else PlainSha256()
+    return NativeSha256() if checksum.available() else PlainSha256()
 
 
 def take_up(state: bytes) -> Sha256 | None:
@@ -48,8 +40,6 @@ def take_up(state: bytes) -> Sha256 | None:
     kind, own = state[:1], state[1:]
     if kind == NativeSha256.KIND and checksum.available():
         return NativeSha256(own)
-    if kind == LibrarySha256.KIND and _functions() is not None:
-        return LibrarySha256(own)
     return None
 
 
@@ -117,39 +107,6 @@ class NativeSha256:
         return "".join(f"{word:08x}" for word in words)
 
 
-class LibrarySha256:
-    """By the library below hashlib."""
-
-    KIND = b"l"
-
-    def __init__(self, state: bytes | None = None) -> None:
-        functions = _functions()
-        assert functions is not None
-        self._init, self._update, self._final = functions
-        self._state = ctypes.create_string_buffer(STATE_BYTES)
-        self.n_bytes = 0
-        if state is None:
-            self._init(self._state)
-        else:
-            self.n_bytes = int.from_bytes(state[:8], "little")
-            self._state.raw = state[8:].ljust(STATE_BYTES, b"\0")
-
-    def update(self, content: memoryview) -> None:
-        for begin in range(0, len(content), MAX_UPDATE_BYTES):
-            part = content[begin : begin + MAX_UPDATE_BYTES]
-            self._update(self._state, ctypes.byref(ctypes.c_char.from_buffer(part)), len(part))
-        self.n_bytes += len(content)
-
-    def state(self) -> bytes:
-        return self.KIND + self.n_bytes.to_bytes(8, "little") + self._state.raw.rstrip(b"\0")
-
-    def hexdigest(self) -> str:
-        copy = ctypes.create_string_buffer(self._state.raw, STATE_BYTES)
-        digest = ctypes.create_string_buffer(32)
-        self._final(digest, copy)
-        return digest.raw.hex()
-
-
 class PlainSha256:
     """By hashlib."""
 
@@ -166,40 +123,6 @@ class PlainSha256:
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
-
-
-@functools.cache
-def _functions() -> tuple[Any, Any, Any] | None:
-    """Init, update and final of a SHA-256 with its state in the caller's memory."""
-    try:
-        if sys.platform == "darwin":
-            library, prefix = ctypes.CDLL(None), "CC_SHA256_"
-        else:
-            import _hashlib
-
-            # Python's own OpenSSL, whatever it is called here.
-            library, prefix = ctypes.CDLL(_hashlib.__file__), "SHA256_"
-        functions = tuple(getattr(library, prefix + name) for name in ("Init", "Update", "Final"))
-    except (OSError, AttributeError, ImportError, TypeError):
-        return None
-    functions[0].argtypes = [ctypes.c_void_p]
-    functions[1].argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-    functions[2].argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    init, update, final = functions
-    return (init, update, final) if _works(init, update, final) else None
-
-
-def _works(init: Any, update: Any, final: Any) -> bool:
-    """Whether a state moved to other memory halfway still gives hashlib's answer."""
-    text = bytes(range(256)) * 3
-    first = ctypes.create_string_buffer(STATE_BYTES)
-    init(first)
-    update(first, text, 100)
-    second = ctypes.create_string_buffer(first.raw.rstrip(b"\0"), STATE_BYTES)
-    update(second, text[100:], len(text) - 100)
-    digest = ctypes.create_string_buffer(32)
-    final(digest, second)
-    return digest.raw == hashlib.sha256(text).digest()
 
 
 def crc32(content: memoryview) -> int:

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from flashmoe.native import checksum
-from flashmoe.repacking import digest, hashing
+from flashmoe.repacking import hashing
 from flashmoe.repacking.digest import (
-    LibrarySha256,
     NativeSha256,
     PlainSha256,
     Sha256,
@@ -33,7 +32,6 @@ CONTENT = bytearray(random.Random(0).randbytes(100_000))
 
 KINDS: dict[str, type[Sha256]] = {
     "native": NativeSha256,
-    "library": LibrarySha256,
     "plain": PlainSha256,
 }
 
@@ -44,8 +42,6 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     require("native SHA-256", request.param != "native" or checksum.available())
     if request.param != "native":
         monkeypatch.setattr(checksum, "available", lambda: False)
-    if request.param == "plain":
-        monkeypatch.setattr(digest, "_functions", lambda: None)
     return str(request.param)
 
 
@@ -66,7 +62,6 @@ def test_a_hash_is_taken_up_again(kind: str, at: int) -> None:
 def test_a_state_of_what_is_not_here(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     state = sha256().state()
     monkeypatch.setattr(checksum, "available", lambda: False)
-    monkeypatch.setattr(digest, "_functions", lambda: None)
     assert state is None or take_up(state) is None
 
 
@@ -129,11 +124,15 @@ def test_a_stream_waits_for_another(kind: str, monkeypatch: pytest.MonkeyPatch) 
     assert digests[0].hexdigest() == hashlib.sha256(CONTENT[:70_000]).hexdigest()
 
 
+class Refusing(PlainSha256):
+    def update(self, content: memoryview) -> None:
+        raise TypeError("not writable")
+
+
 def test_a_hash_that_fails_says_so_where_it_was_asked_for() -> None:
     beside = Hashing()
-    readonly = memoryview(bytes(100))
     with pytest.raises(TypeError, match="not writable"):
-        beside.submit(LibrarySha256(), readonly).result()
+        beside.submit(Refusing(), memoryview(CONTENT)).result()
     fine = sha256()
     beside.submit(fine, memoryview(CONTENT)).result()
     beside.close()
