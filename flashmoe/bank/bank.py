@@ -82,7 +82,7 @@ class LayerBank(SlotTable):
         self._counters.misses += len(missing)
         self._counters.bytes_demanded += stride * len(records)
         if missing:
-            self._settle_pending()
+            self._evaluate_pending()
         self._count_prefetched(records, missing)
         if apart:
             self._counters.not_prefetched += sum(record not in self._prefetch for record in missing)
@@ -144,7 +144,7 @@ class LayerBank(SlotTable):
         wanted = self._not_coming(records)
         if not wanted or room <= 0:
             return
-        self._settle_pending()
+        self._evaluate_pending()
         for record in wanted[:room]:
             try:
                 arrival = self._arrival(record, self._take_slot(set(records)), row=0)
@@ -230,7 +230,7 @@ class LayerBank(SlotTable):
         before = self.memory.n_slots
         if n_slots == before:
             return
-        self._settle_pending()
+        self._evaluate_pending()
         self.pause_warm_start(())
         self._take_in(*self._prefetch.finish())
         if n_slots < before:
@@ -290,7 +290,7 @@ class LayerBank(SlotTable):
         room = max(0, min(len(self._free), self._prefetch_room))
         wanted = self._not_coming(records)[:room]
         if wanted:
-            self._settle_pending()
+            self._evaluate_pending()
         for record in sorted(wanted):
             arrival = self._arrival(record, self._free.pop(), row=0)
             try:
@@ -335,7 +335,7 @@ class LayerBank(SlotTable):
 
     def _land(self, arrivals: Sequence[Arrival]) -> None:
         for arrival in arrivals:
-            self.memory.settle(arrival.slot, arrival.row)
+            self.memory.widen(arrival.slot, arrival.row)
             self._slot_of[arrival.record] = arrival.slot
             self._counters.bytes_read += self._unit.record.stride
 

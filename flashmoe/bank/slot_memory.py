@@ -201,7 +201,7 @@ class SlotMemory:
                 buffers.append(self._waste[:gap])
         return Scatter(buffers)
 
-    def settle(self, slot: int, row: int) -> None:
+    def widen(self, slot: int, row: int) -> None:
         """Widen what a read into this staging row brought for this slot."""
         for place in self._places:
             if place.staging is None:

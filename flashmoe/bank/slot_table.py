@@ -64,7 +64,7 @@ class SlotTable:
 
         At most one is kept: the one before has normally been evaluated by now, and is otherwise.
         """
-        self._settle_pending()
+        self._evaluate_pending()
         self._pending.append(output)
 
     @property
@@ -101,7 +101,7 @@ class SlotTable:
 
     def adopt(self, record: int, source: SlotMemory, slot: int) -> None:
         """Copy an absent record out of another memory's slot into a free one."""
-        self._settle_pending()
+        self._evaluate_pending()
         own = self._free.pop()
         try:
             self.memory.copy_slot(own, source, slot)
@@ -133,7 +133,7 @@ class SlotTable:
             if arrival.record in self._policy:
                 self._policy.forget(arrival.record)
 
-    def _settle_pending(self) -> None:
+    def _evaluate_pending(self) -> None:
         if self._pending:
             with self._clock.during("computing"):
                 mx.eval(self._pending)

@@ -21,20 +21,19 @@ from pathlib import Path
 from typing import IO, Any
 
 from flashmoe.base.errors import FlashMoEError, OptionError
+from flashmoe.base.progress import ShareProgress
 from flashmoe.bench.cgroup import memory_cgroup
 
 # Between two reports of progress.
 SAY_SECONDS = 0.5
 
-Share = Callable[[float], None]
-
 
 def run_apart(
-    function: Callable[[Any, Share], Any],
+    function: Callable[[Any, ShareProgress], Any],
     argument: Any,
     *,
     cgroup_bytes: int | None = None,
-    progress: Share = lambda share: None,
+    progress: ShareProgress = lambda share: None,
 ) -> Any:
     """What `function(argument, progress)` returns in a fresh process, argument and result being
     JSON, and the function one of a module's.

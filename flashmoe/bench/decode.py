@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from flashmoe.base.errors import OptionError
+from flashmoe.base.progress import Progress
 from flashmoe.base.units import parse_size
 from flashmoe.bench.decode_worker import Point, PointRun, run_in_child
 from flashmoe.bench.disk_rate import Disk, DiskRate
@@ -18,8 +19,6 @@ from flashmoe.probe.record_files import cached_share, evict
 from flashmoe.store.reader import Store, open_store
 
 COLD, WARM = "cold", "warm"
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from flashmoe.base import machine
 from flashmoe.base.errors import FlashMoEError, PromptError
+from flashmoe.base.progress import ShareProgress
 from flashmoe.bench.child_process import run_apart
 from flashmoe.engine.api import FlashMoEModel
 from flashmoe.engine.options import Options
@@ -90,21 +91,18 @@ class PointRun:
     passes: list[Pass]
 
 
-Progress = Callable[[float], None]
-
-
-def run_in_child(point: Point, *, cgroup_bytes: int | None, progress: Progress) -> PointRun:
+def run_in_child(point: Point, *, cgroup_bytes: int | None, progress: ShareProgress) -> PointRun:
     """`run_point` in a fresh process, in a memory cgroup of that size if there is one; raises
     what `run_apart` does."""
     run = run_apart(run_point_as_json, asdict(point), cgroup_bytes=cgroup_bytes, progress=progress)
     return PointRun(**{**run, "passes": [Pass(**taken) for taken in run["passes"]]})
 
 
-def run_point_as_json(point: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def run_point_as_json(point: dict[str, Any], progress: ShareProgress) -> dict[str, Any]:
     return asdict(run_point(Point(**point), progress))
 
 
-def run_point(point: Point, progress: Progress = lambda share: None) -> PointRun:
+def run_point(point: Point, progress: ShareProgress = lambda share: None) -> PointRun:
     """Run a point in this process; `progress` is told which share of it is done.
 
     Raises what loading and answering raise.
@@ -127,7 +125,7 @@ def run_point(point: Point, progress: Progress = lambda share: None) -> PointRun
 class _Runner:
     """Answers prompts with one model."""
 
-    def __init__(self, model: FlashMoEModel, point: Point, progress: Progress) -> None:
+    def __init__(self, model: FlashMoEModel, point: Point, progress: ShareProgress) -> None:
         self._model = model
         self._point = point
         self._progress = progress

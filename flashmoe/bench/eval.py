@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from mlx_lm.models.cache import make_prompt_cache
 
 from flashmoe.base.errors import OptionError, PromptError, StoreError
+from flashmoe.base.progress import Progress
 from flashmoe.bench.divergence import Divergence, Tally
 from flashmoe.engine.api import FlashMoEModel
 from flashmoe.engine.model_cache import cache_folder
@@ -28,8 +29,6 @@ from flashmoe.store.reader import Store
 DEFAULT_WINDOW = 512
 # Of one forward pass.
 LOGIT_BYTES = 2**26
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

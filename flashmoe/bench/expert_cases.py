@@ -11,7 +11,7 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwiGLU
 
 from flashmoe import native
-from flashmoe.bench.matmul_cases import Packed, Shape, Subject, WorkingSet, device_name
+from flashmoe.bench.matmul_cases import PackedMatrix, Shape, Subject, WorkingSet, device_name
 from flashmoe.kernels import cpu, metal, reference
 from flashmoe.kernels.contract import ExpertForward, ExpertSpec, ProjectionPacking, Slots
 
@@ -24,7 +24,7 @@ class ExpertSet:
 
     shape: Shape
     packing: ProjectionPacking
-    projections: tuple[Packed, Packed, Packed]
+    projections: tuple[PackedMatrix, PackedMatrix, PackedMatrix]
     n_slots: int
     products_per_call: int
 

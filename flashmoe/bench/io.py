@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from flashmoe.base.errors import OptionError
+from flashmoe.base.progress import Progress
 from flashmoe.bench.baselines import Rival, find_rival
 from flashmoe.io.depth import DEFAULT_THREADS
 from flashmoe.io.files import uncached_problem
 from flashmoe.probe.read_speed import (
     MMAP,
     Destinations,
-    Reading,
+    ReadMeasurement,
     add_counters,
     open_titled,
     read_for,
@@ -31,8 +32,6 @@ MOST_BATCH = 256
 DECODE_BATCHES = range(2, 11)
 TARGET_SHARE = 0.95
 CACHED, UNCACHED = "cached", "uncached"
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class _Group:
     batch: int
     rival: Rival
     rates: list[float]
-    readings: dict[str, list[Reading]]
+    readings: dict[str, list[ReadMeasurement]]
 
     def shares(self, title: str) -> list[float]:
         """A reader's rate by the rival's, round by round."""

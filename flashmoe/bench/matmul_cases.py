@@ -61,17 +61,17 @@ class Subject:
     run: Callable[[int], None]
 
 
-class Packed(NamedTuple):
+class PackedMatrix(NamedTuple):
     """What `mx.quantize` returns, of one matrix [outputs, ...] or several [n, outputs, ...]."""
 
     weight: mx.array
     scales: mx.array
     biases: mx.array | None = None
 
-    def map(self, change: Callable[[mx.array], mx.array]) -> Packed:
+    def map(self, change: Callable[[mx.array], mx.array]) -> PackedMatrix:
         """The changed arrays, unevaluated."""
         biases = None if self.biases is None else change(self.biases)
-        return Packed(change(self.weight), change(self.scales), biases)
+        return PackedMatrix(change(self.weight), change(self.scales), biases)
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +84,7 @@ class WorkingSet:
 
     shape: Shape
     packing: ProjectionPacking
-    packed: Packed
+    packed: PackedMatrix
     n_slots: int
     products_per_call: int
 
@@ -95,7 +95,7 @@ class WorkingSet:
         """As many slots as take `least_bytes`."""
         n_sampled = math.gcd(shape.outputs, SAMPLE_OUTPUTS)
         values = mx.random.normal((n_sampled, shape.inputs), key=mx.random.key(0))
-        sample = Packed(*mx.quantize(values, packing.group_size, packing.bits, packing.mode))
+        sample = PackedMatrix(*mx.quantize(values, packing.group_size, packing.bits, packing.mode))
         repeats = shape.outputs // n_sampled
         n_slots = -(-least_bytes // (repeats * sample.nbytes))
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from flashmoe.base import machine
 from flashmoe.base.errors import FlashMoEError
+from flashmoe.base.progress import Progress
 from flashmoe.checkpoint.source import resolve
 from flashmoe.checkpoint.tokenizer import load_tokenizer
 from flashmoe.demo import DEMO_FOLDER
@@ -35,7 +36,7 @@ from flashmoe.memory.budget import MemoryPlan
 from flashmoe.model.load import StreamingModel
 from flashmoe.probe.tuning import TuningFile
 from flashmoe.repacking.recipe import Recipe
-from flashmoe.repacking.repack import Progress, plan_store
+from flashmoe.repacking.repack import plan_store
 from flashmoe.store.claim import claim
 from flashmoe.store.reader import Store, is_incomplete, is_store, open_store
 

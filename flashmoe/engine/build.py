@@ -18,7 +18,7 @@ from flashmoe.memory.balance import Balance
 from flashmoe.memory.governor import LOOK_TOKENS, Governor, Limits
 from flashmoe.model.load import (
     Kernels,
-    Reading,
+    RecordReaders,
     StreamingModel,
     build_skeleton,
     load_resident,
@@ -89,7 +89,7 @@ class RunningModel:
             self._warm_start = WarmStartFile(cache_folder() / WARM_START_FOLDER, store)
             self.streaming.warm_start(self._warm_start.read() or ())
 
-    def _open_readers(self, reads: Reads) -> Reading:
+    def _open_readers(self, reads: Reads) -> RecordReaders:
         decode = prefill = open_reader(reads.decode, page_cache=self.plan.page_cache)
         self.readers.append(decode)
         if resolve_reader(reads.prefill.reader) != resolve_reader(reads.decode.reader):
@@ -98,7 +98,7 @@ class RunningModel:
             prefill = decode.lane(reads.prefill.depth)
         if prefill is not decode:
             self.readers.append(prefill)
-        return Reading(decode, prefill, self.plan.memory.prompts.group_records)
+        return RecordReaders(decode, prefill, self.plan.memory.prompts.group_records)
 
     def forget_banks(self) -> None:
         """Have `close` not remember what the banks hold: a run that failed is no example."""

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe.base.errors import OptionError
+from flashmoe.base.progress import Progress
 from flashmoe.checkpoint.source import Checkpoint, hub_commit, is_hub_id, resolve
 from flashmoe.demo import DEMO_FOLDER
 from flashmoe.repacking.presets import choose_recipe
 from flashmoe.repacking.recipe import Recipe
-from flashmoe.repacking.repack import Progress, repack
+from flashmoe.repacking.repack import repack
 from flashmoe.store.reader import Store, is_incomplete, is_store, open_store
 
 CACHE_FOLDER = Path("~/.cache/flashmoe")

@@ -8,8 +8,9 @@ from typing import Any
 import mlx.core as mx
 
 from flashmoe.base.clock import PhaseClock
+from flashmoe.base.progress import Progress
 from flashmoe.generation.report import Ledger, Report
-from flashmoe.generation.token_state import Progress, TokenState
+from flashmoe.generation.token_state import TokenState
 from flashmoe.generation.turns import GivenUp, Turn
 
 Sampler = Callable[[mx.array], mx.array]

@@ -12,10 +12,11 @@ import mlx.nn as nn
 from mlx_lm.sample_utils import make_sampler
 
 from flashmoe.base.errors import OptionError, PromptError
+from flashmoe.base.progress import Progress
 from flashmoe.generation.decode_loop import generate_tokens
 from flashmoe.generation.prompt import Prompt, encode_prompt
 from flashmoe.generation.report import Ledger, Report
-from flashmoe.generation.token_state import BeforeStep, Progress, TokenState
+from flashmoe.generation.token_state import BeforeStep, TokenState
 from flashmoe.generation.turns import GivenUp, Turn, Turns
 
 DEFAULT_MAX_TOKENS = 256

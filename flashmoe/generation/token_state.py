@@ -11,11 +11,11 @@ import mlx.nn as nn
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from flashmoe.base.clock import PhaseClock
+from flashmoe.base.progress import Progress
 from flashmoe.kernels.linear import left_lazy, output_layers
 from flashmoe.streaming.experts import StreamedExperts
 from flashmoe.streaming.watch import LayerWatch
 
-Progress = Callable[[int, int], None]
 # Told before tokens are fed: how many are known, how many come, and the bytes that caches have.
 BeforeStep = Callable[[int, int, Callable[[], int]], None]
 

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from flashmoe.base.errors import ReadError
 from flashmoe.io.depth import DEFAULT_THREADS
 from flashmoe.io.files import OpenFiles
-from flashmoe.io.pool import Piece, PooledReader, Work
+from flashmoe.io.pool import PooledReader, ReadPiece, Work
 from flashmoe.io.reader import ReadCounters
 
 MADV_WILLNEED = 3
@@ -64,7 +64,7 @@ class MmapReader(PooledReader):
     def _worker(self) -> Work:
         return self._copy
 
-    def _copy(self, piece: Piece) -> None:
+    def _copy(self, piece: ReadPiece) -> None:
         before = _thread_faults()
         try:
             mapping = self._present(piece)
@@ -85,7 +85,7 @@ class MmapReader(PooledReader):
                 minor, major = self._faults
                 self._faults = (minor + after[0] - before[0], major + after[1] - before[1])
 
-    def _present(self, piece: Piece) -> _Mapping:
+    def _present(self, piece: ReadPiece) -> _Mapping:
         """The mapping of a piece's file, its pages brought in where the system can do that."""
         request = piece.job.request
         end = request.offset + request.nbytes

@@ -21,7 +21,7 @@ from flashmoe.io.reader import Priority, ReadCounters, Reader, ReadRequest, Tick
 
 
 @dataclass
-class Job:
+class ReadJob:
     """One request of a batch."""
 
     request: ReadRequest
@@ -33,17 +33,17 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ReadPiece:
     """The file range begin .. end of a request; `first` is its request's first piece."""
 
-    job: Job
+    job: ReadJob
     begin: int
     end: int
     first: bool
 
 
 # Reads a piece; every thread has its own.
-Work = Callable[[Piece], None]
+Work = Callable[[ReadPiece], None]
 
 
 class PooledReader(Reader):
@@ -82,7 +82,7 @@ class PooledReader(Reader):
         lane: int = 0,
     ) -> Ticket:
         jobs = [
-            Job(request, self._files.descriptor(request.path, request.offset))
+            ReadJob(request, self._files.descriptor(request.path, request.offset))
             for request in requests
         ]
         if self._crew.process != os.getpid():
@@ -94,7 +94,7 @@ class PooledReader(Reader):
             begin = job.request.offset
             parts = cut(begin, begin + job.request.nbytes, most)
             job.pieces_left = len(parts)
-            pieces += [Piece(job, *part, first=not i) for i, part in enumerate(parts)]
+            pieces += [ReadPiece(job, *part, first=not i) for i, part in enumerate(parts)]
         return self._crew.submit(jobs, pieces, priority, lane)
 
     def wait_any(self, tickets: Sequence[Ticket]) -> int:
@@ -158,7 +158,9 @@ class _Crew:
             depth = totals.open_seconds / busy if busy else 0.0
             return ReadCounters(totals.reads, totals.bytes, totals.seconds, busy, depth)
 
-    def submit(self, jobs: list[Job], pieces: list[Piece], priority: Priority, lane: int) -> Ticket:
+    def submit(
+        self, jobs: list[ReadJob], pieces: list[ReadPiece], priority: Priority, lane: int
+    ) -> Ticket:
         batch = _Batch(self, jobs, pieces, lane)
         with self._lock:
             most_threads = max(depth.threads for depth in self._lanes)
@@ -294,7 +296,7 @@ class _Crew:
         return None
 
     def _note(
-        self, batch: _Batch, piece: Piece, failure: BaseException | None, seconds: float
+        self, batch: _Batch, piece: ReadPiece, failure: BaseException | None, seconds: float
     ) -> None:
         job = piece.job
         with self._lock:
@@ -317,7 +319,9 @@ class _Crew:
 class _Batch(Ticket):
     """Pieces up to `next` have been taken, those from `last` on never will be."""
 
-    def __init__(self, crew: _Crew, jobs: list[Job], pieces: list[Piece], lane: int) -> None:
+    def __init__(
+        self, crew: _Crew, jobs: list[ReadJob], pieces: list[ReadPiece], lane: int
+    ) -> None:
         self._crew = crew
         self.lane = lane
         self._jobs = jobs
@@ -368,5 +372,5 @@ def _outlast(ticket: Ticket) -> None:
                 return
 
 
-def _where(job: Job) -> tuple[str, int]:
+def _where(job: ReadJob) -> tuple[str, int]:
     return str(job.request.path), job.request.offset

@@ -7,7 +7,7 @@ import os
 from flashmoe.base.errors import ReadError
 from flashmoe.io.depth import DEFAULT_THREADS
 from flashmoe.io.files import OpenFiles
-from flashmoe.io.pool import Piece, PooledReader, Work
+from flashmoe.io.pool import PooledReader, ReadPiece, Work
 from flashmoe.io.transfer import EndOfFile, FailedRead, Preadv, Transfer
 
 
@@ -34,7 +34,7 @@ class ThreadReader(PooledReader):
     def _worker(self) -> Work:
         transfer = Transfer(self._preadv, uncached=not self._page_cache)
 
-        def fill(piece: Piece) -> None:
+        def fill(piece: ReadPiece) -> None:
             request, descriptor = piece.job.request, piece.job.descriptor
             path, start = str(request.path), request.offset
             try:

@@ -30,7 +30,7 @@ from flashmoe.kernels.contract import ExpertForward, ExpertSpec, Slots
 from flashmoe.kernels.metal_experts import (
     FLOATS,
     LEAST_ELEMENTS,
-    Experts,
+    ExpertMatrices,
     Projection,
     describe_experts,
 )
@@ -74,7 +74,7 @@ def bind_experts(weights: Mapping[str, mx.array], spec: ExpertSpec) -> ExpertFor
             return twin(x, slots)
         if n_tokens > DECODE_TOKENS:
             return prompt(x, slots)
-        routing = Routing.of(slots)
+        routing = RoutedSlots.of(slots)
         y = expert_down(expert_gate_up(x, routing, experts), routing, experts, x.dtype)
         return y.reshape(*slots.shape, y.shape[-1])
 
@@ -95,7 +95,7 @@ def bind_prompts(weights: Mapping[str, mx.array], spec: ExpertSpec) -> ExpertFor
 
 
 @dataclass(frozen=True)
-class Routing:
+class RoutedSlots:
     """Slots [n_tokens * top_k] int32 as the kernels read them; MLX needs a few more of them
     where they are few."""
 
@@ -104,14 +104,14 @@ class Routing:
     top_k: int
 
     @classmethod
-    def of(cls, slots: Slots) -> Routing:
+    def of(cls, slots: Slots) -> RoutedSlots:
         """From slots [..., top_k] on the host."""
         flat = np.zeros(max(slots.size, LEAST_ELEMENTS), np.int32)
         flat[: slots.size] = slots.reshape(-1)
         return cls(mx.array(flat), slots.size // slots.shape[-1], slots.shape[-1])
 
 
-def expert_gate_up(x: mx.array, routing: Routing, experts: Experts) -> mx.array:
+def expert_gate_up(x: mx.array, routing: RoutedSlots, experts: ExpertMatrices) -> mx.array:
     """hidden [n_tokens * top_k, N] float32 from x [..., d_in] with n_tokens rows."""
     up, gate = experts.up, experts.gate
     launch = gate_up_launch(
@@ -124,8 +124,8 @@ def expert_gate_up(x: mx.array, routing: Routing, experts: Experts) -> mx.array:
 
 def expert_down(
     hidden: mx.array,
-    routing: Routing,
-    experts: Experts,
+    routing: RoutedSlots,
+    experts: ExpertMatrices,
     dtype: mx.Dtype,
     scores: mx.array | None = None,
 ) -> mx.array:

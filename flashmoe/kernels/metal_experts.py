@@ -34,7 +34,7 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertMatrices:
     """The routed experts of one layer; `gate` is None for SwitchMLP."""
 
     gate: Projection | None
@@ -43,7 +43,7 @@ class Experts:
     activation: Activation
 
 
-def describe_experts(weights: Mapping[str, mx.array], spec: ExpertSpec) -> Experts | None:
+def describe_experts(weights: Mapping[str, mx.array], spec: ExpertSpec) -> ExpertMatrices | None:
     """The experts of a bank [n_slots, ...]; None when the kernels do not cover them."""
     gated = spec.kind == "SwitchGLU"
     activation = recognize(spec.activation, gated)
@@ -54,7 +54,7 @@ def describe_experts(weights: Mapping[str, mx.array], spec: ExpertSpec) -> Exper
         return None
     if gated and (gate is None or not _alike(gate, up)):
         return None
-    return Experts(gate, up, down, activation)
+    return ExpertMatrices(gate, up, down, activation)
 
 
 def _alike(gate: Projection, up: Projection) -> bool:

@@ -86,7 +86,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CheckOutcome:
     """The largest relative error of a row, or why there is none; `verdict` is PASSED or a
     sentence."""
 
@@ -111,7 +111,7 @@ def case_of(weights: Mapping[str, mx.array], spec: ExpertSpec, dtype: mx.Dtype) 
     return Case(spec, tensors, d_in, dtype)
 
 
-def check(kernel: ExpertKernel, case: Case) -> Outcome:
+def check(kernel: ExpertKernel, case: Case) -> CheckOutcome:
     """Run a kernel and its twin, the reference in float32 on the CPU, on the same random
     weights."""
     tolerance = TOLERANCES[case.dtype]
@@ -129,16 +129,18 @@ def check(kernel: ExpertKernel, case: Case) -> Outcome:
         found = np.array(y.astype(mx.float32), np.float64)
     except (RuntimeError, ValueError) as failure:
         reason = str(failure).strip().splitlines() or [type(failure).__name__]
-        return Outcome(None, tolerance, f"it fails: {reason[0]}")
+        return CheckOutcome(None, tolerance, f"it fails: {reason[0]}")
     if found.shape != expected.shape:
         wrong = f"its shape is {found.shape}, not {expected.shape}"
-        return Outcome(None, tolerance, wrong)
+        return CheckOutcome(None, tolerance, wrong)
     error = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     worst = float(error.max())
     # NaN compares false.
     if worst <= tolerance:
-        return Outcome(worst, tolerance, PASSED)
-    return Outcome(worst, tolerance, f"its relative error is {worst:.2g}, above {tolerance:.0e}")
+        return CheckOutcome(worst, tolerance, PASSED)
+    return CheckOutcome(
+        worst, tolerance, f"its relative error is {worst:.2g}, above {tolerance:.0e}"
+    )
 
 
 @dataclass

@@ -75,7 +75,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Reading:
+class MemoryReading:
     """What was measured before a step.
 
     `resident_bytes` is what the process has in RAM, `bank_bytes` of it in banks.
@@ -104,7 +104,7 @@ class Pressure:
     calm_since: float | None = None
 
 
-def decide(limits: Limits, reading: Reading, pressure: Pressure) -> tuple[int, Pressure]:
+def decide(limits: Limits, reading: MemoryReading, pressure: Pressure) -> tuple[int, Pressure]:
     """The banks' size before a step, and what is remembered for the next decision.
 
     Shrinks as soon as the number or the machine's floor would not hold, grows by a step or more
@@ -130,7 +130,7 @@ def decide(limits: Limits, reading: Reading, pressure: Pressure) -> tuple[int, P
     return (target if enough and reading.settled else reading.bank_bytes), pressure
 
 
-def _feel(limits: Limits, reading: Reading, pressure: Pressure, spare: int) -> Pressure:
+def _feel(limits: Limits, reading: MemoryReading, pressure: Pressure, spare: int) -> Pressure:
     """How the machine's memory bounds the banks now."""
     if spare < 0 or reading.pressed:
         short = max(-spare, int(reading.bank_bytes * PRESSED_SHARE) if reading.pressed else 0)
@@ -227,8 +227,8 @@ class Governor:
             return share_slots(self._demands, bank_bytes)
         return self._balance.share(bank_bytes)
 
-    def _read(self, bank_bytes: int, coming_bytes: int, settled: bool, now: float) -> Reading:
-        return Reading(
+    def _read(self, bank_bytes: int, coming_bytes: int, settled: bool, now: float) -> MemoryReading:
+        return MemoryReading(
             resident_bytes=machine.resident_set_bytes(),
             bank_bytes=bank_bytes,
             coming_bytes=coming_bytes,

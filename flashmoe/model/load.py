@@ -147,7 +147,7 @@ def use_native_attention(model: nn.Module, clock: PhaseClock | None = None) -> N
 
 
 @dataclass(frozen=True)
-class Reading:
+class RecordReaders:
     """How records are read: `decode` reads those of single tokens, `prefill` those of prompts
     (into staging groups of `group_records`; without any, prompts go through the banks)."""
 
@@ -176,7 +176,7 @@ def stream_experts(
     layers: Sequence[LayerLayout],
     *,
     slots: Sequence[int],
-    reading: Reading,
+    reading: RecordReaders,
     kernels: Kernels,
     meter: Meter,
     widen: bool,

@@ -46,7 +46,7 @@ _CLOSE = 0.75
 
 
 @dataclass(frozen=True)
-class Choice:
+class RouterChoice:
     """How one block chooses: dotted paths within it, and the scoring.
 
     `scaled` says that its experts are given its input times a positive number per token.
@@ -112,7 +112,7 @@ def find_sites(config: Config) -> dict[str, Site | None]:
     seen = watch.take()
     if [path for path, _, _ in seen.reached] != list(experts):
         return dict.fromkeys(experts)
-    choices: dict[Any, Choice | None] = {}
+    choices: dict[Any, RouterChoice | None] = {}
     sites: dict[str, Site | None] = dict.fromkeys(experts)
     for path, _, indices in seen.reached:
         block = blocks[path]
@@ -130,7 +130,9 @@ def find_sites(config: Config) -> dict[str, Site | None]:
     return sites
 
 
-def _site(norm: str, block: str, choice: Choice | None, top_k: int, n_experts: int) -> Site | None:
+def _site(
+    norm: str, block: str, choice: RouterChoice | None, top_k: int, n_experts: int
+) -> Site | None:
     if choice is None:
         return None
 
@@ -224,7 +226,7 @@ def _norm_before(block: str, seen: _Seen) -> tuple[str, int] | None:
 
 def _choice_of(
     block: nn.Module, path: str, width: int, n_experts: int, watch: _Watch
-) -> Choice | None:
+) -> RouterChoice | None:
     """How the block chooses, by trying; None if nothing known comes close."""
     inside = dict(block.named_modules())
     random = np.random.default_rng(0)
@@ -266,7 +268,7 @@ def _choice_of(
         scores = scoring(logits[router], values)
         share = _shared(np.array(top(scores, chosen.shape[-1])), chosen)
         if share > best:
-            best, choice = share, Choice(router, bias, scoring, scaled)
+            best, choice = share, RouterChoice(router, bias, scoring, scaled)
         if share >= _EXACT:
             break
     return choice

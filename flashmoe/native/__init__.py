@@ -4,15 +4,15 @@ Knows formats, files and threads; knows no models.
 """
 
 from flashmoe.native.attention import attend
-from flashmoe.native.experts import Activation, Experts, expert_forward, experts
+from flashmoe.native.experts import Activation, NativeExperts, expert_forward, experts
 from flashmoe.native.fit import fit_groups
 from flashmoe.native.loader import available, isa, set_threads, threads, use_isa
 from flashmoe.native.matrix import Matrix, covers, covers_floats, matmul, matrix
 
 __all__ = [
     "Activation",
-    "Experts",
     "Matrix",
+    "NativeExperts",
     "attend",
     "available",
     "covers",

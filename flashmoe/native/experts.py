@@ -26,7 +26,7 @@ class Activation:
     """min(a(min(g, gate_max)), activated_max) * (b(clip(u, -up_max, up_max)) + up_shift).
 
     b(u) = up_bound * tanh(u / up_bound). `kind` is sigmoid (a = g * sigmoid(alpha * g), SiLU at
-    alpha 1), gelu_tanh, relu2 or situ (a = alpha * tanh(g / alpha) * sigmoid(g)). Experts
+    alpha 1), gelu_tanh, relu2 or situ (a = alpha * tanh(g / alpha) * sigmoid(g)). NativeExperts
     without a gate take min(a(min(u, gate_max)), activated_max) alone.
     """
 
@@ -40,7 +40,7 @@ class Activation:
 
 
 @dataclass(frozen=True)
-class Experts:
+class NativeExperts:
     """`n_slots` experts [d_in] -> [d_out]; the arrays behind them are kept alive."""
 
     d_in: int
@@ -58,7 +58,7 @@ def experts(
     gate_bias: mx.array | None = None,
     up_bias: mx.array | None = None,
     down_bias: mx.array | None = None,
-) -> Experts:
+) -> NativeExperts:
     """Describe experts; biases are evaluated arrays [n_slots, rows] of a floating dtype.
 
     Raises OptionError when shapes or dtypes do not fit.
@@ -79,11 +79,11 @@ def experts(
         activation.up_shift,
     )
     parts = (gate, up, down, gate_bias, up_bias, down_bias)
-    return Experts(up.cols, down.rows, described, parts)
+    return NativeExperts(up.cols, down.rows, described, parts)
 
 
 def expert_forward(
-    x: npt.NDArray[np.float32], slots: npt.NDArray[np.int32], experts: Experts
+    x: npt.NDArray[np.float32], slots: npt.NDArray[np.int32], experts: NativeExperts
 ) -> npt.NDArray[np.float32]:
     """y[t, j] = expert slots[t, j] applied to x[t]: [n, k, d_out] from [n, d_in] and [n, k].
 

@@ -37,7 +37,7 @@ class Runner(Generic[T]):
 
 
 @dataclass(frozen=True)
-class Outcome(Generic[T]):
+class RaceOutcome(Generic[T]):
     """`winner` is the default unless another one was faster by more than the spread.
 
     `runners` are all that were measured, the default first, the others fastest first.
@@ -77,7 +77,7 @@ def race(
     measure: Callable[[T], float],
     used: Callable[[], float],
     draw: random.Random,
-) -> Outcome[T]:
+) -> RaceOutcome[T]:
     """Find the fastest of `settings`, the first of which is the default.
 
     `measure` gives a rate. `used`, asked before each measurement but the first, is the share of
@@ -97,7 +97,7 @@ def race(
         _final(default, left[0], measure, used)
         if is_faster(left[0].final, default.final):
             winner = left[0]
-    return Outcome(winner, (default, *_ranked(others)))
+    return RaceOutcome(winner, (default, *_ranked(others)))
 
 
 def _ranked(runners: Sequence[Runner[T]]) -> list[Runner[T]]:

@@ -27,7 +27,7 @@ Order = Callable[[RecordFiles, int, random.Random], Iterator[list[tuple[Path, in
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadMeasurement:
     """What a reader did in `elapsed` seconds, the time between batches included."""
 
     elapsed: float
@@ -78,7 +78,7 @@ def read_for(
     *,
     order: Order = shuffled_batches,
     apart: bool = False,
-) -> Reading:
+) -> ReadMeasurement:
     """Read batches for that long, random ones by default.
 
     With `apart` each record is submitted as a batch of its own. The page cache is emptied
@@ -96,7 +96,7 @@ def read_for(
             batches = list(order(files, batch, draw))
             elapsed += _pass(reader, batches, destinations, seconds - elapsed, apart)
             passes.append(_since(reader.counters, before))
-    return Reading(elapsed, add_counters(passes))
+    return ReadMeasurement(elapsed, add_counters(passes))
 
 
 def _pass(

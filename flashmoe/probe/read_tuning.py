@@ -12,7 +12,7 @@ from flashmoe.bank.arrivals import reads_apart
 from flashmoe.io.depth import LARGEST_PIECE_BYTES, Depth
 from flashmoe.io.files import uncached_problem
 from flashmoe.io.select import ReadSettings, open_reader
-from flashmoe.probe.race import Outcome, Runner, affordable, measurements, race
+from flashmoe.probe.race import RaceOutcome, Runner, affordable, measurements, race
 from flashmoe.probe.read_speed import Destinations, read_for
 from flashmoe.probe.record_files import (
     RecordFiles,
@@ -151,7 +151,7 @@ def _race(
     draw: random.Random,
     tick: Callable[[], None],
     clock: Callable[[], float],
-) -> Outcome[ReadSettings]:
+) -> RaceOutcome[ReadSettings]:
     settings = settings_for(files.record.stride, page_cache)
     ends = clock() + seconds
     slice_seconds = seconds / measurements(len(settings))
@@ -182,7 +182,7 @@ def _race(
 
 
 def _row(
-    mode: bool, pattern: str, runner: Runner[ReadSettings], outcome: Outcome[ReadSettings]
+    mode: bool, pattern: str, runner: Runner[ReadSettings], outcome: RaceOutcome[ReadSettings]
 ) -> ReadRow:
     rates = runner.final or runner.rates
     return ReadRow(

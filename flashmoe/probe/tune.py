@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,14 +10,13 @@ from typing import Any
 
 from flashmoe.base import machine
 from flashmoe.base.errors import OptionError
+from flashmoe.base.progress import Progress
 from flashmoe.probe.read_tuning import ReadRow, tune_reads
 from flashmoe.probe.tuning import Choice, Reads, Tuning
 from flashmoe.store.reader import open_store
 
 DEFAULT_SECONDS = 15.0
 LEAST_SECONDS, MOST_SECONDS = 1.0, 3600.0
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from flashmoe.repacking.schedule import Schedule, schedule
 
 
 @dataclass(frozen=True)
-class Job:
+class RepackJob:
     """A plan, its order, and what makes the pieces; `whole` has the tensors for parameters that
     nothing makes by pieces. `identity` is what the journal begins with, `stated` the tensors that
     had to be read for the plan."""
@@ -39,7 +39,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outline:
-    """What a repack will write, and the lazily loaded model that says so; see `Job`."""
+    """What a repack will write, and the lazily loaded model that says so; see `RepackJob`."""
 
     plan: RepackPlan
     loaded: Loaded
@@ -95,7 +95,7 @@ def prepare(
     recipe: Recipe,
     asked: bool,
     stated: Mapping[str, bytes] | None = None,
-) -> Job:
+) -> RepackJob:
     """Settle everything about a repack; arguments and errors as those of `outline`."""
     found = outline(checkpoint, tensors, recipe, asked, stated)
     plan, graph, whole = found.plan, found.loaded.graph, found.whole
@@ -119,7 +119,7 @@ def prepare(
         "plan": hashlib.sha256(repr((astuple(plan), order.pieces)).encode()).hexdigest(),
     }
     maker = Maker(graph, tensors, files) if graph is not None else None
-    return Job(checkpoint, plan, order, maker, whole, identity, found.stated)
+    return RepackJob(checkpoint, plan, order, maker, whole, identity, found.stated)
 
 
 def as_begun(
@@ -139,7 +139,7 @@ def as_begun(
     return replace(checkpoint, elsewhere=tuple(files)), tensors, stated
 
 
-def goes_on(job: Job, folder: Path) -> bool:
+def goes_on(job: RepackJob, folder: Path) -> bool:
     """Whether an unfinished store in `folder` is this job's, so that what it holds counts.
 
     Raises SourceError when its source has changed since, OptionError when it was begun with other
@@ -173,7 +173,7 @@ def goes_on(job: Job, folder: Path) -> bool:
     return all(path.is_file() and path.stat().st_size == size for path, size in files)
 
 
-def check_consumable(job: Job) -> None:
+def check_consumable(job: RepackJob) -> None:
     """Raise OptionError unless the source's weight files may be deleted as they are used up."""
     if job.checkpoint.revision is not None:
         raise OptionError(
@@ -187,7 +187,7 @@ def check_consumable(job: Job) -> None:
             raise OptionError(f"{file.path} is a link, which --consume would not free")
 
 
-def consumer(job: Job) -> Callable[[Reached], None]:
+def consumer(job: RepackJob) -> Callable[[Reached], None]:
     """Deletes each weight file that is hashed and that no piece needs any more."""
 
     def consume(progress: Reached) -> None:

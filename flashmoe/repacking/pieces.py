@@ -15,9 +15,9 @@ from flashmoe.checkpoint.source import SourceTensor
 from flashmoe.repacking.quantize import pack
 from flashmoe.repacking.recipe import Setting
 from flashmoe.repacking.row_graph import rows
-from flashmoe.repacking.row_step import Step
+from flashmoe.repacking.row_node import RowNode
 from flashmoe.repacking.sanitize_graph import Graph
-from flashmoe.repacking.schedule import Parameter, Piece, span_of
+from flashmoe.repacking.schedule import Parameter, StorePiece, span_of
 
 # Of what is asked for out of turn (scales of what comes by), this much is remembered.
 REMEMBERED_BYTES = 32 * 2**20
@@ -39,13 +39,13 @@ class Maker:
         self._warm_start_file: OrderedDict[tuple[int, int, int], memoryview] = OrderedDict()
 
     def make(
-        self, parameter: Parameter, piece: Piece, begin: int, here: memoryview
+        self, parameter: Parameter, piece: StorePiece, begin: int, here: memoryview
     ) -> list[memoryview]:
         """What goes into each sink of `parameter`; `here` is what the piece's source file has
         from byte `begin` on. Raises SourceError when other bytes that are needed cannot be read.
         """
 
-        def read(leaf: Step) -> memoryview:
+        def read(leaf: RowNode) -> memoryview:
             file, first, last = span_of(leaf, self._tensors)
             if file == piece.file and begin <= first and last <= begin + len(here):
                 return here[first - begin : last - begin]
@@ -81,7 +81,7 @@ class Maker:
         value = self._graph.targets[parameter.name]
         return self._graph.arrays[value].dtype == parameter.dtype
 
-    def _array(self, leaf: Step, content: memoryview) -> mx.array:
+    def _array(self, leaf: RowNode, content: memoryview) -> mx.array:
         info = self._tensors[leaf.leaf].info
         shape = (leaf.end - leaf.begin, *info.shape[1:]) if info.shape else ()
         dtype = MLX_DTYPES.get(info.dtype, mx.uint8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ import mlx.core as mx
 
 from flashmoe.base.dtypes import array_bytes
 from flashmoe.base.errors import SourceError, StoreError
+from flashmoe.base.progress import Progress
 from flashmoe.checkpoint.config import Config, read_config
 from flashmoe.checkpoint.source import Checkpoint, check_files, resolve
 from flashmoe.repacking.checksums import checksums
 from flashmoe.repacking.job import (
-    Job,
+    RepackJob,
     as_begun,
     check_consumable,
     consumer,
@@ -35,7 +35,6 @@ from flashmoe.store.manifest import LayerFile, Manifest, ResidentFile, Source
 from flashmoe.store.reader import Store, is_store, open_store
 from flashmoe.store.writer import StoreWriter, refuse_unless_ours
 
-Progress = Callable[[int, int], None]
 _NO_PACKING = dict.fromkeys(("bits", "group_size", "resident_bits", "method"))
 
 
@@ -129,7 +128,7 @@ def plan_store(checkpoint: Checkpoint, **packing: Any) -> tuple[RepackPlan, Conf
 
 
 def _execute(
-    job: Job, folder: Path, *, force: bool, consume: bool, progress: Progress | None
+    job: RepackJob, folder: Path, *, force: bool, consume: bool, progress: Progress | None
 ) -> Store:
     total = done = 0
 
@@ -174,7 +173,7 @@ def _execute(
     return open_store(folder)
 
 
-def _lay_out(job: Job, writer: StoreWriter) -> None:
+def _lay_out(job: RepackJob, writer: StoreWriter) -> None:
     """Every file of the store as a header and a hole: what is missing later was lost."""
     for file in job.schedule.files:
         writer.create(file.name, file.header, file.size_bytes)
@@ -183,7 +182,7 @@ def _lay_out(job: Job, writer: StoreWriter) -> None:
     writer.sync_folders()
 
 
-def _evaluated(job: Job, index: int) -> list[memoryview]:
+def _evaluated(job: RepackJob, index: int) -> list[memoryview]:
     """A parameter read through MLX, whole, for each of its sinks."""
     parameter = job.schedule.parameters[index]
     names = [parameter.name]
@@ -198,7 +197,7 @@ def _evaluated(job: Job, index: int) -> list[memoryview]:
 
 
 def _manifest(
-    job: Job,
+    job: RepackJob,
     digests: dict[str, str],
     crcs: list[str],
     sources: dict[str, str],
@@ -222,7 +221,7 @@ def _manifest(
     )
 
 
-def _check_free_disk(folder: Path, job: Job) -> None:
+def _check_free_disk(folder: Path, job: RepackJob) -> None:
     free = shutil.disk_usage(folder).free
     have = 0
     for file in job.schedule.files:

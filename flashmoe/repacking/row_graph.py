@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from flashmoe.repacking.row_step import Apply, Step
+from flashmoe.repacking.row_node import Apply, RowNode
 from flashmoe.repacking.sanitize_graph import Graph, Operation
 
 UNARY: dict[str, Apply] = {"Negative": mx.negative, "Exp": mx.exp}
@@ -35,7 +35,7 @@ class UnknownOperation(Exception):
     """An operation that cannot be taken apart by rows; its text is the operation's name."""
 
 
-def rows(graph: Graph, value: str, begin: int, end: int) -> Step:
+def rows(graph: Graph, value: str, begin: int, end: int) -> RowNode:
     """Rows `begin` to `end` of a value of the graph.
 
     Raises UnknownOperation when they depend on an operation that this does not know.
@@ -43,11 +43,11 @@ def rows(graph: Graph, value: str, begin: int, end: int) -> Step:
     if value in graph.leaves:
         name = graph.leaves[value]
         stand_in = graph.stand_ins.get(name)
-        return stand_in.rows(begin, end) if stand_in else Step(name, begin, end)
+        return stand_in.rows(begin, end) if stand_in else RowNode(name, begin, end)
     if value in graph.constants:
         constant = graph.constants[value]
         part = constant[begin:end] if constant.ndim else constant
-        return Step(apply=lambda: part, moves=False)
+        return RowNode(apply=lambda: part, moves=False)
     operation = graph.operations[value]
     request = _Request(graph, operation, value, begin, end)
     if operation.name in UNARY:
@@ -84,14 +84,14 @@ class _Request:
     def shape_of(self, index: int = 0) -> tuple[int, ...]:
         return self.graph.arrays[self.operation.inputs[index]].shape
 
-    def input(self, begin: int, end: int, index: int = 0) -> Step:
+    def input(self, begin: int, end: int, index: int = 0) -> RowNode:
         return rows(self.graph, self.operation.inputs[index], begin, end)
 
-    def all_of(self, index: int = 0) -> Step:
+    def all_of(self, index: int = 0) -> RowNode:
         shape = self.shape_of(index)
         return self.input(0, shape[0] if shape else 1, index)
 
-    def map(self, apply: Apply, moves: bool = False) -> Step:
+    def map(self, apply: Apply, moves: bool = False) -> RowNode:
         """`apply` over the same rows of every input; one with fewer axes, or a single row for
         all, is given whole."""
         inputs = []
@@ -101,19 +101,19 @@ class _Request:
             inputs.append(
                 self.input(self.begin, self.end, index) if has_rows else self.all_of(index)
             )
-        return Step(apply=apply, inputs=tuple(inputs), moves=moves)
+        return RowNode(apply=apply, inputs=tuple(inputs), moves=moves)
 
-    def cut(self, apply: Apply) -> Step:
+    def cut(self, apply: Apply) -> RowNode:
         """The rows cut out of `apply` over the whole first input."""
         begin, end = self.begin, self.end
         if end - begin == (self.shape[0] if self.shape else 1):
-            return Step(apply=apply, inputs=(self.all_of(),), moves=False)
-        return Step(
+            return RowNode(apply=apply, inputs=(self.all_of(),), moves=False)
+        return RowNode(
             apply=lambda array: apply(array)[begin:end], inputs=(self.all_of(),), moves=False
         )
 
 
-def _reshaped(request: _Request) -> Step:
+def _reshaped(request: _Request) -> RowNode:
     """Reshape, Flatten, ExpandDims, Squeeze: the same bytes in another shape."""
     part, shape = request.part, request.shape_of()
     n_inside = math.prod(shape[1:])
@@ -121,27 +121,27 @@ def _reshaped(request: _Request) -> Step:
     begin, end = request.begin * n_outside, request.end * n_outside
     if n_inside == 0 or begin % n_inside or end % n_inside:
         return request.cut(lambda array: array.reshape(request.shape))
-    return Step(
+    return RowNode(
         apply=lambda array: array.reshape(part),
         inputs=(request.input(begin // n_inside, end // n_inside),),
     )
 
 
-def _viewed(request: _Request) -> Step:
+def _viewed(request: _Request) -> RowNode:
     dtype = request.argument
     if len(request.shape) < 2:
         return request.cut(lambda array: array.view(dtype))
     return request.map(lambda array: array.view(dtype), moves=True)
 
 
-def _transposed(request: _Request) -> Step:
+def _transposed(request: _Request) -> RowNode:
     axes = list(request.argument)
     if not axes or axes[0] == 0:
         return request.map(lambda array: array.transpose(axes))
     return request.cut(lambda array: array.transpose(axes))
 
 
-def _sliced(request: _Request) -> Step:
+def _sliced(request: _Request) -> RowNode:
     start, stop, strides = request.operation.arguments
     inner = tuple(slice(*bounds) for bounds in zip(start, stop, strides, strict=True))
     if not inner or strides[0] != 1:
@@ -152,20 +152,20 @@ def _sliced(request: _Request) -> Step:
         (s.start, s.stop, s.step) == (0, n, 1)
         for s, n in zip(inner[1:], request.shape_of()[1:], strict=True)
     )
-    return Step(
+    return RowNode(
         apply=lambda array: array[rest],
         inputs=(request.input(first + request.begin, first + request.end),),
         moves=whole,
     )
 
 
-def _split(request: _Request) -> Step:
+def _split(request: _Request) -> RowNode:
     indices, axis = request.operation.arguments
     which = request.operation.outputs.index(request.value)
     bounds = [0, *indices, request.shape_of()[axis]]
     if axis == 0:
         first = bounds[which]
-        return Step(
+        return RowNode(
             apply=lambda array: array,
             inputs=(request.input(first + request.begin, first + request.end),),
         )
@@ -173,7 +173,7 @@ def _split(request: _Request) -> Step:
     return request.map(lambda array: array[part])
 
 
-def _concatenated(request: _Request) -> Step:
+def _concatenated(request: _Request) -> RowNode:
     axis = request.argument
     if axis != 0:
         return request.map(lambda *arrays: mx.concatenate(list(arrays), axis))
@@ -189,22 +189,22 @@ def _concatenated(request: _Request) -> Step:
             inputs.append(request.input(begin - first, end - first, index))
     if len(inputs) == 1:
         return inputs[0]
-    return Step(
+    return RowNode(
         apply=lambda *arrays: mx.concatenate(list(arrays)), inputs=tuple(inputs), moves=False
     )
 
 
-def _cast(request: _Request) -> Step:
+def _cast(request: _Request) -> RowNode:
     dtype = request.argument
     return request.map(lambda array: array.astype(dtype))
 
 
-def _broadcast(request: _Request) -> Step:
+def _broadcast(request: _Request) -> RowNode:
     part = request.part
     return request.map(lambda array: mx.broadcast_to(array, part))
 
 
-def _quantized(request: _Request) -> Step:
+def _quantized(request: _Request) -> RowNode:
     group_size, bits, mode, dequantize = request.operation.arguments
     if mode != AFFINE or len(request.shape) < 2:
         raise UnknownOperation("Quantize")
@@ -218,7 +218,7 @@ def _quantized(request: _Request) -> Step:
     return request.map(lambda array: mx.quantize(array, group_size=group_size, bits=bits)[which])
 
 
-_RULES: dict[str, Callable[[_Request], Step]] = {
+_RULES: dict[str, Callable[[_Request], RowNode]] = {
     "AsType": _cast,
     "Broadcast": _broadcast,
     "Concatenate": _concatenated,

@@ -18,7 +18,7 @@ from flashmoe.repacking.plan import RepackPlan
 from flashmoe.repacking.quantize import PACKED
 from flashmoe.repacking.recipe import Setting
 from flashmoe.repacking.row_graph import UnknownOperation, rows
-from flashmoe.repacking.row_step import Step
+from flashmoe.repacking.row_node import RowNode
 from flashmoe.repacking.sanitize_graph import Graph
 from flashmoe.store.layout import safetensors_header
 
@@ -71,7 +71,7 @@ class Parameter:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class StorePiece:
     """Rows `begin` to `end` of a parameter, due when bytes `first` to `last` of a source file
     are there."""
 
@@ -101,7 +101,7 @@ class Schedule:
 
     files: tuple[StoreFile, ...]
     parameters: tuple[Parameter, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StorePiece, ...]
     late: tuple[int, ...]
     last_use: tuple[int, ...]
 
@@ -146,9 +146,9 @@ def schedule(
 ) -> Schedule:
     """Put every row of every parameter of a plan in its place in the order of the source."""
     files, parameters = _destinations(plan)
-    pieces: list[Piece] = []
+    pieces: list[StorePiece] = []
     late = []
-    elsewhere: list[tuple[Piece, int]] = []
+    elsewhere: list[tuple[StorePiece, int]] = []
     for index, parameter in enumerate(parameters):
         try:
             if graph is None:
@@ -159,7 +159,7 @@ def schedule(
                     for leaf in rows(graph, graph.targets[parameter.name], begin, end).leaves()
                 ]
                 file, first, last = max(needs, key=lambda span: (span[2] - span[1], span))
-                piece = Piece(index, begin, end, file, first, last)
+                piece = StorePiece(index, begin, end, file, first, last)
                 pieces.append(piece)
                 elsewhere += [(piece, other) for other, _, _ in needs if other != file]
         except UnknownOperation:
@@ -261,7 +261,7 @@ def _needed(
     return sum(last - first for _, first, last in (span_of(leaf, tensors) for leaf in leaves))
 
 
-def span_of(leaf: Step, tensors: Mapping[str, SourceTensor]) -> tuple[int, int, int]:
+def span_of(leaf: RowNode, tensors: Mapping[str, SourceTensor]) -> tuple[int, int, int]:
     """The source file and the bytes in it of some rows of a source tensor."""
     tensor = tensors[leaf.leaf]
     info = tensor.info

@@ -198,7 +198,7 @@ class ExpertPrefill:
         with self._clock.during("reading"):
             ticket.wait()
             for slot in range(n_records):
-                self._staging.groups[number % N_GROUPS].settle(slot, slot)
+                self._staging.groups[number % N_GROUPS].widen(slot, slot)
         self._counters.bytes_read += n_records * self._unit.record.stride
 
     def _compute(

@@ -57,7 +57,7 @@ def test_what_is_written_is_what_a_kernel_reads(record, widen):
         for buffer in destination:
             buffer[:] = content[done : done + len(buffer)].data
             done += len(buffer)
-        memory.settle(slot, 0)
+        memory.widen(slot, 0)
         for component in record.components:
             part = content[component.offset : component.offset + component.nbytes]
             expected[component.name, slot] = part

@@ -160,7 +160,7 @@ def test_building_needs_no_gpu() -> None:
     weights = case.random_weights()
     experts = describe_experts(weights, case.spec)
     if experts is not None:
-        routing = metal.Routing.of(np.zeros((1, 1), np.int32))
+        routing = metal.RoutedSlots.of(np.zeros((1, 1), np.int32))
         with pytest.raises(RuntimeError, match="No Metal"):
             metal.expert_gate_up(mx.ones((1, 64)), routing, experts)
 

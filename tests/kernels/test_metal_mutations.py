@@ -13,7 +13,7 @@ import pytest
 from flashmoe.kernels import metal
 from flashmoe.kernels.check_cases import GATED, make_case
 from flashmoe.kernels.contract import ProjectionPacking
-from flashmoe.kernels.metal_experts import Experts, Projection, describe_experts
+from flashmoe.kernels.metal_experts import ExpertMatrices, Projection, describe_experts
 from flashmoe.kernels.metal_launch import MatrixFormat
 from flashmoe.kernels.metal_source import METAL_FOLDER
 from flashmoe.kernels.self_check import Case, check
@@ -94,7 +94,7 @@ def error_of(file: str, case: Case, *, scored: bool = False) -> float:
     expected_hidden, expected = experts_in_float64(case, weights, x, slots)
     experts = describe_experts(weights, case.spec)
     assert experts is not None
-    routing = metal.Routing.of(slots)
+    routing = metal.RoutedSlots.of(slots)
     if file != DOWN:
         return row_error(wide(metal.expert_gate_up(x, routing, experts)), expected_hidden)
     hidden = mx.array(expected_hidden.astype(np.float32))
@@ -205,8 +205,8 @@ def read_far_slot(n_rows: int, n_cols: int, slot: int) -> None:
     scales = mx.zeros((64, n_cols // 32), mx.float32)
     part = MatrixFormat("affine", 4, 32, False)
     bank = Projection(part, 64, n_cols, (words, scales, scales, scales))
-    experts = Experts(None, bank, bank, Activation("sigmoid"))
-    routing = metal.Routing.of(np.array([[slot]], np.int32))
+    experts = ExpertMatrices(None, bank, bank, Activation("sigmoid"))
+    routing = metal.RoutedSlots.of(np.array([[slot]], np.int32))
     sizes = mx.array([n_rows, n_cols, 1, 0], mx.int32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metal, "_sizes", lambda *_: sizes)

@@ -19,8 +19,8 @@ from flashmoe.memory.governor import (
     LOOK_TOKENS,
     Governor,
     Limits,
+    MemoryReading,
     Pressure,
-    Reading,
     decide,
 )
 
@@ -34,13 +34,13 @@ LIMITS = Limits(
     step_bytes=10 * MB,
 )
 # 300 MB beside the banks, 20 coming: banks may have 675 MB.
-STEADY = Reading(
+STEADY = MemoryReading(
     resident_bytes=900 * MB, bank_bytes=600 * MB, coming_bytes=20 * MB, usable_bytes=10**10
 )
 CALM = Pressure()
 
 
-def size(reading: Reading, limits: Limits = LIMITS, pressure: Pressure = CALM) -> float:
+def size(reading: MemoryReading, limits: Limits = LIMITS, pressure: Pressure = CALM) -> float:
     return decide(limits, reading, pressure)[0] / MB
 
 
@@ -128,7 +128,7 @@ class TestTheMachine:
 
 
 readings = st.builds(
-    Reading,
+    MemoryReading,
     resident_bytes=st.integers(0, 2000 * MB),
     bank_bytes=st.integers(100 * MB, 800 * MB),
     coming_bytes=st.integers(0, 500 * MB),
@@ -148,7 +148,7 @@ limits = st.builds(
 
 
 @given(limits, readings, pressures)
-def test_always(limits: Limits, reading: Reading, pressure: Pressure) -> None:
+def test_always(limits: Limits, reading: MemoryReading, pressure: Pressure) -> None:
     target, after = decide(limits, reading, pressure)
     assert limits.least_bytes <= target <= limits.most_bytes
     beside = reading.resident_bytes - reading.bank_bytes

@@ -17,7 +17,7 @@ from flashmoe.repacking.formats.contract import Packed, Presentation
 from flashmoe.repacking.formats.fp8 import block_of, block_size, present
 from flashmoe.repacking.job import prepare
 from flashmoe.repacking.presets import choose_recipe
-from flashmoe.repacking.row_step import Step
+from flashmoe.repacking.row_node import RowNode
 from flashmoe.repacking.schedule import PIECE_BYTES
 from tests.support.checkpoints import file_tensors
 from tests.support.families import FAMILIES
@@ -42,7 +42,7 @@ def test_scales(kind: str) -> None:
     expected = arrays[f"{kind}_unpacked"]
     assert (stand_in.dtype, stand_in.shape) == ("F32", expected.shape)
 
-    def read(leaf: Step) -> mx.array:
+    def read(leaf: RowNode) -> mx.array:
         array = arrays[leaf.leaf]
         return array[leaf.begin : leaf.end] if array.ndim else array
 

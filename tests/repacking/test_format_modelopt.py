@@ -11,7 +11,7 @@ from flashmoe import SourceError
 from flashmoe.checkpoint.headers import TensorInfo, read_header
 from flashmoe.repacking.formats.contract import Packed
 from flashmoe.repacking.formats.modelopt import present
-from flashmoe.repacking.row_step import Step
+from flashmoe.repacking.row_node import RowNode
 from tests.support.format_cases import FORMATS
 from tests.support.refusals import refused
 
@@ -35,7 +35,7 @@ def test_nvfp4(settings: dict[str, Any]) -> None:
     assert seen["x.weight"].dtype == mx.bfloat16
     assert mx.array_equal(seen["x.weight"], expected)
 
-    def read(leaf: Step) -> mx.array:
+    def read(leaf: RowNode) -> mx.array:
         array = arrays[leaf.leaf]
         return array[leaf.begin : leaf.end] if array.ndim else array
 

@@ -21,7 +21,7 @@ from flashmoe.repacking.formats import awq, gptq
 from flashmoe.repacking.formats.contract import Packed, Presentation, StandIn
 from flashmoe.repacking.formats.packed_ints import AWQ_ORDER, awq_turned, awq_unpacked, unpacked
 from flashmoe.repacking.formats.select import FORMATS as KNOWN
-from flashmoe.repacking.row_step import Step
+from flashmoe.repacking.row_node import RowNode
 from tests.support.format_cases import FORMATS
 
 PATH = FORMATS / "packed_layers" / "layers.safetensors"
@@ -70,7 +70,7 @@ class Layer:
 
         return found.present(Packed("the checkpoint", self.settings, config, self.tensors, content))
 
-    def read(self, leaf: Step) -> mx.array:
+    def read(self, leaf: RowNode) -> mx.array:
         array = self.arrays[leaf.leaf]
         return array[leaf.begin : leaf.end] if array.ndim else array
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from flashmoe.repacking.row_graph import UnknownOperation, rows
-from flashmoe.repacking.row_step import Step
+from flashmoe.repacking.row_node import RowNode
 from flashmoe.repacking.sanitize_graph import Graph, trace
 
 Weights = dict[str, mx.array]
@@ -73,7 +73,7 @@ def test_rows(case: str) -> None:
     graph, whole = traced(change, given), change(given)
     value = graph.targets["x"]
 
-    def read(leaf: Step) -> mx.array:
+    def read(leaf: RowNode) -> mx.array:
         return given[leaf.leaf][leaf.begin : leaf.end]
 
     second = rows(graph, value, 1, 2)

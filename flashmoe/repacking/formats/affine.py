@@ -18,7 +18,7 @@ from flashmoe.base.dtypes import FLOATING, MLX_DTYPES
 from flashmoe.base.errors import SourceError
 from flashmoe.repacking.formats.contract import Packed, Presentation, StandIn, all_rows
 from flashmoe.repacking.formats.packed_ints import WORD_BITS, unpacked_columns
-from flashmoe.repacking.row_step import Step
+from flashmoe.repacking.row_node import RowNode
 
 MLX_GROUPS = (128, 64, 32)
 BITS = (2, 3, 4, 8)
@@ -26,7 +26,7 @@ BITS = (2, 3, 4, 8)
 CHUNK_WEIGHTS = 2**22
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-Rows = Callable[[int, int], Step]
+Rows = Callable[[int, int], RowNode]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Layer:
     words: Rows
     scales: Rows
     zeros: Rows
-    index: Step | None = None
+    index: RowNode | None = None
 
     @property
     def mlx_group(self) -> int | None:
@@ -67,14 +67,14 @@ class Layer:
         shape = (self.d_out, self.n_groups * repeats)
         n_words = self.d_in * self.bits // WORD_BITS
 
-        def scales(begin: int, end: int) -> Step:
+        def scales(begin: int, end: int) -> RowNode:
             repeat = partial(mx.repeat, repeats=repeats, axis=1)
-            return Step(apply=repeat, inputs=(self.scales(begin, end),), moves=repeats == 1)
+            return RowNode(apply=repeat, inputs=(self.scales(begin, end),), moves=repeats == 1)
 
-        def biases(begin: int, end: int) -> Step:
+        def biases(begin: int, end: int) -> RowNode:
             apply = partial(_biases, repeats)
             inputs = (self.scales(begin, end), self.zeros(begin, end))
-            return Step(apply=apply, inputs=inputs, moves=False)
+            return RowNode(apply=apply, inputs=inputs, moves=False)
 
         return {
             f"{self.path}.weight": StandIn("U32", (self.d_out, n_words), self.words),
@@ -85,11 +85,11 @@ class Layer:
     def floats(self) -> dict[str, StandIn]:
         """The layer as floats: each is rounded once."""
 
-        def rows(begin: int, end: int) -> Step:
+        def rows(begin: int, end: int) -> RowNode:
             inputs = [part(begin, end) for part in (self.words, self.scales, self.zeros)]
             if self.index is not None:
                 inputs.append(self.index)
-            return Step(apply=self._floats, inputs=tuple(inputs), moves=False)
+            return RowNode(apply=self._floats, inputs=tuple(inputs), moves=False)
 
         return {f"{self.path}.weight": StandIn(self.dtype, (self.d_out, self.d_in), rows)}
 
@@ -156,14 +156,14 @@ def columns(
     packed: Packed,
     name: str,
     apply: Callable[..., mx.array],
-    others: tuple[Step, ...] = (),
+    others: tuple[RowNode, ...] = (),
     check: Callable[..., None] | None = None,
 ) -> Rows:
     """Rows made of all of a tensor and `others`, by `apply(begin, end, tensor, *others)`."""
     inputs = (all_rows(name, packed.tensors[name]), *others)
 
-    def rows(begin: int, end: int) -> Step:
-        return Step(apply=partial(apply, begin, end), inputs=inputs, moves=False, check=check)
+    def rows(begin: int, end: int) -> RowNode:
+        return RowNode(apply=partial(apply, begin, end), inputs=inputs, moves=False, check=check)
 
     return rows
 

@@ -27,7 +27,7 @@ from flashmoe.repacking.formats.affine import (
 )
 from flashmoe.repacking.formats.contract import Format, Packed, Presentation
 from flashmoe.repacking.formats.packed_ints import awq_turned, awq_unpacked, unpacked
-from flashmoe.repacking.row_step import Step
+from flashmoe.repacking.row_node import RowNode
 
 BITS = 4
 PER_WORD = 8
@@ -101,15 +101,17 @@ def _gemv(packed: Packed, path: str) -> Layer:
     n_groups = -(-d_in // group)
 
     def part(name: str, apply: partial[mx.array]) -> Rows:
-        def rows(begin: int, end: int) -> Step:
-            return Step(apply=apply, inputs=(Step(f"{path}.{name}", begin, end),), moves=False)
+        def rows(begin: int, end: int) -> RowNode:
+            return RowNode(
+                apply=apply, inputs=(RowNode(f"{path}.{name}", begin, end),), moves=False
+            )
 
         return rows
 
-    def words(begin: int, end: int) -> Step:
+    def words(begin: int, end: int) -> RowNode:
         # The very bytes, as another dtype.
-        leaf = Step(f"{path}.qweight", begin, end)
-        return Step(apply=_as_words, inputs=(leaf,), moves=True)
+        leaf = RowNode(f"{path}.qweight", begin, end)
+        return RowNode(apply=_as_words, inputs=(leaf,), moves=True)
 
     return Layer(
         path=path,

@@ -30,7 +30,7 @@ from flashmoe.repacking.formats.contract import (
     all_rows,
     float_dtype,
 )
-from flashmoe.repacking.row_step import Step
+from flashmoe.repacking.row_node import RowNode
 
 KINDS = ("nf4", "fp4")
 STATE = ".quant_state.bitsandbytes__"
@@ -151,28 +151,31 @@ class _Weight:
     def state_name(self) -> str:
         return f"{self.name}{STATE}{self.kind}"
 
-    def rows(self, begin: int, end: int) -> Step:
+    def rows(self, begin: int, end: int) -> RowNode:
         """Floats of rows, out of the bytes and the blocks that these lie in."""
         state, d_in = self.state, self.state.shape[1]
         first, last = begin * d_in, end * d_in
         blocks = first // state.block, -(-last // state.block)
         inputs = [
-            Step(self.name, first // 2, -(-last // 2)),
+            RowNode(self.name, first // 2, -(-last // 2)),
             self._all("quant_map"),
-            Step(f"{self.name}.absmax", *blocks),
+            RowNode(f"{self.name}.absmax", *blocks),
             all_rows(self.state_name, self.packed.tensors[self.state_name]),
         ]
         if state.nested_block:
             nested = blocks[0] // state.nested_block, -(-blocks[1] // state.nested_block)
-            inputs += [Step(f"{self.name}.nested_absmax", *nested), self._all("nested_quant_map")]
-        return Step(
+            inputs += [
+                RowNode(f"{self.name}.nested_absmax", *nested),
+                self._all("nested_quant_map"),
+            ]
+        return RowNode(
             apply=partial(self._floats, begin, end),
             inputs=tuple(inputs),
             moves=False,
             check=self._check,
         )
 
-    def _all(self, part: str) -> Step:
+    def _all(self, part: str) -> RowNode:
         name = f"{self.name}.{part}"
         return all_rows(name, self.packed.tensors[name])
 
@@ -239,11 +242,11 @@ def _int8(packed: Packed, path: str) -> StandIn:
         if any(array.item() for array in layout):
             raise SourceError(f"{name} of {packed.where} is not stored by rows; save it again")
 
-    def rows(begin: int, end: int) -> Step:
-        inputs = [Step(name, begin, end), Step(scale, begin, end)]
+    def rows(begin: int, end: int) -> RowNode:
+        inputs = [RowNode(name, begin, end), RowNode(scale, begin, end)]
         layout = packed.tensors.get(f"{path}.weight_format")
         if layout is not None and layout.size == 1:
             inputs.append(all_rows(f"{path}.weight_format", layout))
-        return Step(apply=floats, inputs=tuple(inputs), moves=False, check=check)
+        return RowNode(apply=floats, inputs=tuple(inputs), moves=False, check=check)
 
     return StandIn(dtype, shape, rows)

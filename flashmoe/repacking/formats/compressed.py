@@ -27,7 +27,7 @@ from flashmoe.repacking.formats.affine import (
 )
 from flashmoe.repacking.formats.contract import Format, Packed, Presentation, StandIn, all_rows
 from flashmoe.repacking.formats.packed_ints import WORD_BITS, unpacked
-from flashmoe.repacking.row_step import Step
+from flashmoe.repacking.row_node import RowNode
 
 PACKED = ".weight_packed"
 GLOBAL_SCALE = ".weight_global_scale"
@@ -154,7 +154,7 @@ def _words(packed: Packed, path: str, schemes: list[Mapping[str, Any]], widths: 
         group=group,
         dtype=packed.tensors[f"{path}.weight_scale"].dtype,
         words=partial(_moved, path + PACKED),
-        scales=partial(Step, f"{path}.weight_scale"),
+        scales=partial(RowNode, f"{path}.weight_scale"),
         zeros=_zeros(packed, path, bits, d_out, n_groups),
         index=all_rows(index, packed.tensors[index]) if index in packed.tensors else None,
     )
@@ -172,18 +172,18 @@ def _bytes(packed: Packed, path: str) -> Layer:
         )
     one = info.size == 1
 
-    def scales(begin: int, end: int) -> Step:
+    def scales(begin: int, end: int) -> RowNode:
         if one:
             whole = all_rows(name, info)
-            return Step(apply=partial(_for_all, end - begin), inputs=(whole,), moves=False)
-        leaf = Step(name, begin, end)
-        return Step(apply=lambda scale: scale.reshape(-1, 1), inputs=(leaf,), moves=True)
+            return RowNode(apply=partial(_for_all, end - begin), inputs=(whole,), moves=False)
+        leaf = RowNode(name, begin, end)
+        return RowNode(apply=lambda scale: scale.reshape(-1, 1), inputs=(leaf,), moves=True)
 
-    def words(begin: int, end: int) -> Step:
-        return Step(apply=_shifted, inputs=(Step(f"{path}.weight", begin, end),), moves=False)
+    def words(begin: int, end: int) -> RowNode:
+        return RowNode(apply=_shifted, inputs=(RowNode(f"{path}.weight", begin, end),), moves=False)
 
-    def zeros(begin: int, end: int) -> Step:
-        return Step(apply=partial(_middle, 8), inputs=(scales(begin, end),), moves=False)
+    def zeros(begin: int, end: int) -> RowNode:
+        return RowNode(apply=partial(_middle, 8), inputs=(scales(begin, end),), moves=False)
 
     return Layer(path, 8, d_out, d_in, d_in, info.dtype, words, scales, zeros)
 
@@ -193,17 +193,17 @@ def _zeros(packed: Packed, path: str, bits: int, d_out: int, n_groups: int) -> R
     name = f"{path}.weight_zero_point"
     if name not in packed.tensors:
 
-        def middle(begin: int, end: int) -> Step:
-            leaf = Step(f"{path}.weight_scale", begin, end)
-            return Step(apply=partial(_middle, bits), inputs=(leaf,), moves=False)
+        def middle(begin: int, end: int) -> RowNode:
+            leaf = RowNode(f"{path}.weight_scale", begin, end)
+            return RowNode(apply=partial(_middle, bits), inputs=(leaf,), moves=False)
 
         return middle
     n_words = -(-d_out * bits // WORD_BITS)
     tensor_of(packed, name, ("I32",), (n_words, n_groups))
     whole = all_rows(name, packed.tensors[name])
 
-    def rows(begin: int, end: int) -> Step:
-        return Step(apply=partial(_columns, bits, begin, end), inputs=(whole,), moves=False)
+    def rows(begin: int, end: int) -> RowNode:
+        return RowNode(apply=partial(_columns, bits, begin, end), inputs=(whole,), moves=False)
 
     return rows
 
@@ -215,12 +215,12 @@ def _mxfp4(packed: Packed, path: str) -> dict[str, StandIn]:
     tensor_of(packed, scale, ("U8", "F8_E8M0"), (d_out, n_blocks))
     return {
         f"{path}.weight": StandIn("U32", (d_out, n_blocks * 4), partial(_moved, path + PACKED)),
-        f"{path}.scales": StandIn("U8", (d_out, n_blocks), partial(Step, scale)),
+        f"{path}.scales": StandIn("U8", (d_out, n_blocks), partial(RowNode, scale)),
     }
 
 
-def _moved(name: str, begin: int, end: int) -> Step:
-    return Step(apply=_as_words, inputs=(Step(name, begin, end),), moves=True)
+def _moved(name: str, begin: int, end: int) -> RowNode:
+    return RowNode(apply=_as_words, inputs=(RowNode(name, begin, end),), moves=True)
 
 
 def _as_words(array: mx.array) -> mx.array:

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from flashmoe.base.dtypes import MLX_DTYPES
 from flashmoe.checkpoint.headers import TensorInfo
-from flashmoe.repacking.row_step import Step
+from flashmoe.repacking.row_node import RowNode
 
 Weights = dict[str, mx.array]
 
@@ -43,9 +43,9 @@ class StandIn:
 
     dtype: str
     shape: tuple[int, ...]
-    rows: Callable[[int, int], Step]
+    rows: Callable[[int, int], RowNode]
 
-    def whole(self) -> Step:
+    def whole(self) -> RowNode:
         return self.rows(0, self.shape[0] if self.shape else 1)
 
 
@@ -66,7 +66,7 @@ class Presentation:
         """The weights that mlx-lm sees, of the source's; what stands in is not evaluated, but
         values that are to be checked are."""
 
-        def read(leaf: Step) -> mx.array:
+        def read(leaf: RowNode) -> mx.array:
             array = weights[leaf.leaf]
             return array[leaf.begin : leaf.end] if array.ndim else array
 
@@ -101,9 +101,9 @@ class Format:
     endings: tuple[str, ...] = ()
 
 
-def all_rows(name: str, info: TensorInfo) -> Step:
+def all_rows(name: str, info: TensorInfo) -> RowNode:
     """The whole of a source tensor."""
-    return Step(name, 0, info.shape[0] if info.shape else 1)
+    return RowNode(name, 0, info.shape[0] if info.shape else 1)
 
 
 def float_dtype(packed: Packed) -> str:

@@ -18,7 +18,7 @@ from flashmoe.repacking.formats.contract import (
     all_rows,
     float_dtype,
 )
-from flashmoe.repacking.row_step import Step
+from flashmoe.repacking.row_node import RowNode
 
 E4M3 = "F8_E4M3"
 # Two spellings of powers of two by their exponent.
@@ -122,14 +122,14 @@ class _Weight:
     block: tuple[int, int]
     dtype: str
 
-    def rows(self, begin: int, end: int) -> Step:
+    def rows(self, begin: int, end: int) -> RowNode:
         shape, block_rows = self.info.shape, self.block[0]
-        scales, skipped = Step(self.scale_name, begin, end), 0
+        scales, skipped = RowNode(self.scale_name, begin, end), 0
         if self.scale.size == 1:
             scales = all_rows(self.scale_name, self.scale)
         elif len(shape) == 2:
             first, skipped = divmod(begin, block_rows)
-            scales = Step(self.scale_name, first, -(-end // block_rows))
+            scales = RowNode(self.scale_name, first, -(-end // block_rows))
         one = (1,) * len(shape) if self.scale.size == 1 else None
         is_exponents = self.scale.dtype in EXPONENTS
         dtype = MLX_DTYPES[self.dtype]
@@ -142,7 +142,7 @@ class _Weight:
                 factors = factors[..., None]
             return scaled(weight, factors, self.block, skipped).astype(dtype)
 
-        return Step(apply=floats, inputs=(Step(self.name, begin, end), scales), moves=False)
+        return RowNode(apply=floats, inputs=(RowNode(self.name, begin, end), scales), moves=False)
 
 
 def scaled(

@@ -15,7 +15,7 @@ from flashmoe.base.dtypes import MLX_DTYPES
 from flashmoe.base.errors import SourceError
 from flashmoe.repacking.formats.affine import tensor_of
 from flashmoe.repacking.formats.contract import Packed, StandIn, all_rows, float_dtype
-from flashmoe.repacking.row_step import Step
+from flashmoe.repacking.row_node import RowNode
 
 BLOCK = 16
 # 1.0 in E4M3.
@@ -54,13 +54,13 @@ def block_shape(packed: Packed, codes: str, size: int) -> tuple[int, int]:
 class _Layer:
     codes: str
     scales: str
-    whole: Step
+    whole: RowNode
     combine: Callable[..., mx.array]
     dtype: str
 
-    def rows(self, begin: int, end: int) -> Step:
-        inputs = (Step(self.codes, begin, end), Step(self.scales, begin, end), self.whole)
-        return Step(apply=self._floats, inputs=inputs, moves=False)
+    def rows(self, begin: int, end: int) -> RowNode:
+        inputs = (RowNode(self.codes, begin, end), RowNode(self.scales, begin, end), self.whole)
+        return RowNode(apply=self._floats, inputs=inputs, moves=False)
 
     def _floats(self, codes: mx.array, scales: mx.array, whole: mx.array) -> mx.array:
         values = mx.dequantize(

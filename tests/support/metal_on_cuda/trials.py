@@ -12,7 +12,7 @@ import numpy.typing as npt
 from flashmoe.kernels import metal
 from flashmoe.kernels.check_cases import BITS, make_case, standard_cases
 from flashmoe.kernels.contract import ProjectionPacking
-from flashmoe.kernels.metal_experts import Experts, describe_experts
+from flashmoe.kernels.metal_experts import ExpertMatrices, describe_experts
 from flashmoe.kernels.roofline import Traffic, down_traffic, gate_up_traffic
 from flashmoe.kernels.self_check import TOLERANCES, Case
 from flashmoe.native import Activation
@@ -45,7 +45,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Trial:
-    """Experts, and how many tokens and experts a call of them has."""
+    """ExpertMatrices, and how many tokens and experts a call of them has."""
 
     label: str
     case: Case
@@ -85,7 +85,7 @@ class Trial:
             assert experts is not None, f"{self.label} is not covered"
             width = experts.down.cols
             hidden = rng.standard_normal((self.n_pairs, width), np.float32)
-            routing = metal.Routing.of(slots)
+            routing = metal.RoutedSlots.of(slots)
             metal.expert_gate_up(x, routing, experts)
             metal.expert_down(mx.array(hidden), routing, experts, case.dtype)
             metal.expert_down(mx.array(hidden), routing, experts, case.dtype, mx.array(scores))
@@ -98,7 +98,7 @@ class Trial:
         moved = self._traffic(experts)
         return [Question(*of) for of in zip(names, requests, expected, moved, strict=True)]
 
-    def _traffic(self, experts: Experts) -> Iterator[Traffic]:
+    def _traffic(self, experts: ExpertMatrices) -> Iterator[Traffic]:
         up, down, size = experts.up, experts.down, self.case.dtype.size
         call = (self.n_tokens, self.top_k)
         yield gate_up_traffic(

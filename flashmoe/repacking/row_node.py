@@ -11,7 +11,7 @@ Apply = Callable[..., mx.array]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class RowNode:
     """Rows `begin` to `end` of a source tensor `leaf`, or what `apply` makes of `inputs`.
 
     `moves` says that the result has the very bytes of its one input, in their order. `check` is
@@ -22,11 +22,11 @@ class Step:
     begin: int = 0
     end: int = 0
     apply: Apply | None = None
-    inputs: tuple[Step, ...] = ()
+    inputs: tuple[RowNode, ...] = ()
     moves: bool = True
     check: Callable[..., None] | None = None
 
-    def leaves(self) -> Iterator[Step]:
+    def leaves(self) -> Iterator[RowNode]:
         """The source's rows that this needs."""
         if self.leaf:
             yield self
@@ -40,7 +40,7 @@ class Step:
             return True
         return self.moves and len(self.inputs) == 1 and self.inputs[0].is_plain
 
-    def evaluate(self, read: Callable[[Step], mx.array], *, checked: bool = False) -> mx.array:
+    def evaluate(self, read: Callable[[RowNode], mx.array], *, checked: bool = False) -> mx.array:
         """The result; `read` gives the rows of a leaf. `checked` has values looked at, which
         evaluates them."""
         if self.apply is None:
