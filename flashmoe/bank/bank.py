@@ -1,4 +1,4 @@
-"""A layer's bank: getting records into its slots, as they are demanded and ahead of that."""
+"""A layer's bank: records come into its slots on demand, by prefetch and by a warm start."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class LayerBank(SlotTable):
         self._warm_start = WarmStart(reader, meter)
         self.prefetched = 0
         self.prefetched_used = 0
-        # Records that were read ahead and have not been asked for since.
+        # Prefetched records that nobody has asked for yet.
         self._unused: set[int] = set()
 
     def acquire(self, records: Sequence[int]) -> npt.NDArray[np.int32]:
@@ -259,11 +259,11 @@ class LayerBank(SlotTable):
     def check_integrity(self) -> None:
         """Raise FlashMoEError unless every slot is free, or holds or awaits just one record."""
         resident = self._slot_of[self._slot_of != ABSENT].tolist()
-        ahead = self._prefetch.slots + self._warm_start.slots
-        if sorted(resident + self._free + ahead) != list(range(self.memory.n_slots)):
+        early = self._prefetch.slots + self._warm_start.slots
+        if sorted(resident + self._free + early) != list(range(self.memory.n_slots)):
             raise FlashMoEError(
                 f"{self._unit.name}: resident slots {sorted(resident)} + free slots "
-                f"{sorted(self._free)} + slots read ahead {sorted(ahead)} != "
+                f"{sorted(self._free)} + slots being read {sorted(early)} != "
                 f"{self.memory.n_slots} slots"
             )
 
@@ -311,7 +311,7 @@ class LayerBank(SlotTable):
             self._take_in(*self._prefetch.harvest())
 
     def _take_in(self, whole: Sequence[Arrival], failed: Sequence[Arrival]) -> None:
-        """Count records that were read ahead as resident, and forget those that failed."""
+        """Count prefetched records as resident, and forget those that failed."""
         # A prompt may have brought the same record meanwhile.
         twice = [arrival for arrival in whole if self._slot_of[arrival.record] != ABSENT]
         self._free.extend(arrival.slot for arrival in twice)

@@ -1,6 +1,6 @@
 """Small JSON files that make the next run better and that no run depends on.
 
-One that cannot be read counts as absent, and one that cannot be written is not.
+An unreadable file counts as absent; a failed write is ignored.
 """
 
 from __future__ import annotations

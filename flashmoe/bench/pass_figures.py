@@ -30,7 +30,7 @@ class PassFigures:
 
     Rates are spreads over decoded tokens, or over answers for prompts; the rest are totals over
     decode divided by its tokens. `token_seconds` is the time per token, `phases` where it went.
-    `hit_rate` counts what was read ahead in time, `kept_rate` only what the bank had kept.
+    `hit_rate` counts what was prefetched in time, `kept_rate` only what the bank had kept.
     `compute_seconds` is a token's time with its experts all in the bank (None: not measured),
     `read_seconds` what the disk's own rate takes for the bytes read. `overlap` is the share of
     the shorter of these two that is hidden behind the other.

@@ -128,7 +128,7 @@ Tuned = Annotated[
     bool,
     typer.Option(
         "--tuned/--no-tuned",
-        help="Leave what is not said here to what flashmoe tune stored, if it did.",
+        help="Use the settings stored by flashmoe tune for options not given.",
     ),
 ]
 ExpertsPerToken = Annotated[

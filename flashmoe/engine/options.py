@@ -46,7 +46,7 @@ class Options:
     route_bias: LOSSY: while decoding, an expert that a token is routed to and that is not in the
         bank gives way to one that is and whose router logit is at most this much lower; 0 is off.
         What is generated then depends on the bank's contents, and so on what was asked before,
-        on the memory given and on what happened to be read ahead.
+        on the memory given and on what happened to be prefetched.
 
     Raises OptionError for a value that is wrong for every model.
     """

@@ -17,8 +17,7 @@ from flashmoe.memory.budget import LayerDemand, least_bank_bytes, most_bank_byte
 # Of the number, what is kept free for what no estimate knows; at least so much.
 MARGIN_SHARE = 1 / 200
 LEAST_MARGIN_BYTES = 3 * 10**6
-# Of the number, by what banks grow at least: where they do in place, and where arrays are
-# replaced, which is rare then and shrinks by as much at a time.
+# Smallest resize, as a share of the number: in place, and where arrays must be reallocated.
 STEP_SHARE = 1 / 200
 BIG_STEP_SHARE = 1 / 16
 # Of the memory that a process finds at its start, what it leaves to others, within these bounds.

@@ -139,7 +139,7 @@ class ExpertPrefill:
         """Raises ReadError when a record cannot be read whole, and FlashMoEError once the bank
         is closed; whatever is raised, bank and staging can be used again."""
         rows = RoutedRows.of(indices)
-        # What is still to be warm_started may be needed here, and would then be read twice.
+        # A record that a warm start has yet to read may be needed here: it would be read twice.
         self._bank.pause_warm_start(rows.experts.tolist())
         table = self._bank.slot_table()
         here = table[rows.experts] != ABSENT
