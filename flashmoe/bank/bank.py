@@ -171,7 +171,7 @@ class LayerBank(SlotTable):
         self._begin_warm_start(records)
 
     def pause_warm_start(self, needed: Sequence[int]) -> None:
-        """Give up for now what has not begun to be warm_started; what has is resident afterwards.
+        """Give up for now the warm-start reads that have not begun; the others are resident afterwards.
 
         The records `needed` are asked for by what happens meanwhile.
         """
@@ -187,7 +187,7 @@ class LayerBank(SlotTable):
 
     @property
     def warm_starting(self) -> bool:
-        """Whether records are being warm_started."""
+        """Whether a warm start is still reading."""
         return len(self._warm_start) > 0
 
     def by_value(self) -> list[int]:

@@ -44,7 +44,7 @@ class WarmStart:
         return sorted(self._paused, key=self._rank.__getitem__)
 
     def rank(self, records: Sequence[int]) -> None:
-        """Say which records may be warm_started, the most valuable first."""
+        """Say which records a warm start may read, the most valuable first."""
         self._rank = {record: rank for rank, record in enumerate(records)}
 
     def begin(self, arrival: Arrival) -> None:
