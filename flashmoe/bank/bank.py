@@ -171,7 +171,7 @@ class LayerBank(SlotTable):
         self._begin_warm_start(records)
 
     def pause_warm_start(self, needed: Sequence[int]) -> None:
-        """Give up for now the warm-start reads that have not begun; the others are resident afterwards.
+        """Give up for now the warm-start reads that have not begun; the others are resident then.
 
         The records `needed` are asked for by what happens meanwhile.
         """
