@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from flashmoe import plan_run
 from flashmoe.repacking.part_sizes import PlannedSizes
 from flashmoe.repacking.repack import dry_run
 from tests.support.families import FAMILIES
@@ -57,6 +58,20 @@ def test_the_plan_of_the_real_model(published: bool, tmp_path: Path) -> None:
     assert sizes.streamed_bytes == 3 * PROJECTION_BYTES
     assert sizes.resident_bytes == sum(PARTS.values()) - sizes.streamed_bytes == 5_579_065_472
     assert sizes.file_bytes == sum(PARTS.values()) + 60 * 16_384 == 223_012_767_872
+
+
+def test_the_run_of_the_real_model_is_planned_from_headers(tmp_path: Path) -> None:
+    """What a 48 GB machine would hold of 209 GB, from a checkpoint that has no weights."""
+    planned(tmp_path / "source", published=False)
+    plan = plan_run(tmp_path / "source", memory="40GB", context=8192, tuned=False)
+    assert plan.fits and plan.facts.streamed_bytes == N_RECORDS * RECORD_BYTES
+    assert [plan.facts.layers[0].top_k, len(plan.facts.units)] == [10, 60]
+    # A bank of 130 to 140 of 512 experts; with their scales widened for the reference, fewer.
+    assert 60 < min(plan.memory.slots) <= max(plan.memory.slots) < 150
+    assert 0.95 * 40e9 < plan.memory.planned_bytes <= 40e9
+    assert not plan.page_cache
+    assert 10e9 < plan.memory.least_total_bytes < 14e9
+    assert not plan_run(tmp_path / "source", memory="8GB", context=8192, tuned=False).fits
 
 
 @pytest.mark.parametrize("published", [False, True], ids=["4-bit", "published"])
