@@ -1,4 +1,4 @@
-"""Records in memory: slots, which expert is in which, reading them in, who gives way.
+"""Records in memory: slots, which record is in which, reading them in, who gives way.
 
-Knows records and experts by number; knows no model and no tokens.
+Only this package knows slots. It knows no model and no tokens.
 """

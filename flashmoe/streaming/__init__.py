@@ -1,4 +1,4 @@
-"""Online: records move from disk into slots, and kernels run over them.
+"""The modules that stand in for mlx-lm's experts: one token, and prefill.
 
-Only this package knows slots.
+Knows banks and kernels; knows no files and no budget.
 """
