@@ -47,7 +47,7 @@ def compare(case: Case, n_tokens: int, top_k: int, *, scored: bool = False) -> N
     with harness():
         experts = describe_experts(weights, case.spec)
         assert experts is not None
-        routing = metal.Routing.of(slots)
+        routing = metal.RoutedSlots.of(slots)
         hidden = metal.expert_gate_up(x, routing, experts)
         assert hidden.dtype == mx.float32
         assert row_error(wide(hidden), expected_hidden) < FLOAT32_TOLERANCE
@@ -147,7 +147,7 @@ def test_any_number_of_rows(rows: int) -> None:
     with harness():
         experts = describe_experts(weights, case.spec)
         assert experts is not None
-        routing = metal.Routing.of(slots)
+        routing = metal.RoutedSlots.of(slots)
         found_hidden = metal.expert_gate_up(x, routing, experts)
         found = metal.expert_down(hidden, routing, experts, mx.float32)
     # Together, because a single value may have cancelled to almost nothing.
